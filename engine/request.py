@@ -1,0 +1,72 @@
+"""One request inside the engine: its tokens, how many are computed, which blocks hold them.
+
+    FETCHING ─ready──▶ WAITING ─scheduled──▶ RUNNING ─stop/length──▶ FINISHED
+       │                  ▲                     │ └─stop_after, hold──▶ HELD ─release──▶ FINISHED
+       └──────────────────┴──── preempted ──────┘
+    abort is legal in every state and ends in FINISHED
+
+The token positions of a request, as half-open ranges:
+
+    0 ........ num_computed_tokens ........ num_tokens
+    [ KV in pages of block_table )[ owed to the model )
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from mesh.params import SamplingParams
+
+
+class RequestState(Enum):
+    FETCHING = "fetching"
+    """Holds the blocks it has and waits for others to be filled from outside; not scheduled."""
+    WAITING = "waiting"
+    RUNNING = "running"
+    HELD = "held"
+    """Finished here, but its blocks stay referenced until `release` so that a peer can fetch them."""
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class EngineRequest:
+    """Live state, owned by the engine's thread."""
+
+    key: str
+    tokens: list[int]
+    """Prompt and output so far."""
+    num_prompt_tokens: int
+    params: SamplingParams
+    hash_root: bytes
+    stop_after: int | None = None
+    """Leave this engine after so many new tokens (a prefill worker: 1)."""
+    hold: bool = False
+    """Keep the blocks referenced after leaving by `stop_after`."""
+    state: RequestState = RequestState.WAITING
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Names of the full blocks of `tokens`, extended as tokens are added."""
+    num_cached_tokens: int = 0
+    """Prompt tokens found in this engine's prefix cache."""
+    num_fetched_tokens: int = 0
+    """Prompt tokens filled from outside."""
+    num_new_tokens: int = 0
+    """Tokens sampled by this engine."""
+    num_preemptions: int = 0
+    arrived: float = 0.0
+    """Engine clock, seconds."""
+    first_scheduled: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_owed_tokens(self) -> int:
+        return len(self.tokens) - self.num_computed_tokens

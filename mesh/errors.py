@@ -1,0 +1,55 @@
+"""The exception tree.
+
+KvmeshError
+├── StartupError           a process cannot start; carries the exit code (one line on stderr, no traceback)
+├── BadFrame               bytes from a socket that are not one of our messages
+└── RequestError           a client's request fails; carries HTTP status, OpenAI type/code/param and Retry-After
+"""
+
+from __future__ import annotations
+
+EXIT_USAGE = 2
+EXIT_MODEL = 3
+EXIT_PORT = 4
+EXIT_MEMORY = 5
+EXIT_STORE = 6
+EXIT_WORKER = 7
+EXIT_ENVIRONMENT = 8
+
+
+class KvmeshError(Exception):
+    """Anything kvmesh itself refuses."""
+
+
+class StartupError(KvmeshError):
+    """A process cannot start. `str()` is one clear sentence for the person at the terminal."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class BadFrame(KvmeshError):
+    """A frame that does not decode to a message; the only exception the decoders raise."""
+
+
+class RequestError(KvmeshError):
+    """A request that ends with an error object (`docs/api.md` lists them all)."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.code = code
+        self.param = param
+        self.retry_after = retry_after
