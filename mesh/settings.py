@@ -1,12 +1,15 @@
-"""Settings of every process: frozen, complete before anything starts, each field one command-line flag.
+"""Settings of every process and command: frozen, complete before anything starts; each field is one flag.
 
-`metadata["help"]` is the flag's help; the field's type and default are the flag's.
+`metadata` holds the flag's help and limits, which `mesh/options.py` reads; type and default are the field's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+MAX_PORT = 65535
 
 
 def _flag(help: str, default: Any, **more: Any) -> Any:
@@ -27,35 +30,86 @@ class WorkerSettings:
     transport: str = _flag("KV transports in order of preference: shm, zmq", "shm,zmq")
     store: str = _flag("where residency lives: memory or redis://HOST:PORT/DB", "memory")
     device: str = _flag("cpu or cuda[:N]", "cpu")
-    dtype: str = _flag("auto, float32, bfloat16 or float16", "auto")
-    threads: int = _flag("torch threads on CPU (0: chosen)", 0)
-    block_tokens: int = _flag("tokens per KV block", 16)
-    kv_blocks: int = _flag("KV blocks (0: sized from memory)", 0)
-    gpu_memory_utilization: float = _flag("share of the device's (CPU: free) memory to use", 0.9)
-    max_model_len: int = _flag("longest prompt + output in tokens (0: the model's)", 0)
-    max_num_seqs: int = _flag("requests running at once", 256)
-    max_num_batched_tokens: int = _flag("token budget of one step (0: chosen by role and device)", 0)
+    dtype: str = _flag("number format", "auto", choices=("auto", "float32", "bfloat16", "float16"))
+    threads: int = _flag("torch threads on CPU (0: chosen)", 0, minimum=0)
+    block_tokens: int = _flag("tokens per KV block", 16, minimum=1)
+    kv_blocks: int = _flag("KV blocks (0: sized from memory)", 0, minimum=0)
+    gpu_memory_utilization: float = _flag(
+        "share of the device's (CPU: free) memory to use", 0.9, above=0.0, maximum=1.0
+    )
+    max_model_len: int = _flag("longest prompt + output in tokens (0: the model's)", 0, minimum=0)
+    max_num_seqs: int = _flag("requests running at once", 256, minimum=1)
+    max_num_batched_tokens: int = _flag(
+        "token budget of one step (0: chosen by role and device)", 0, minimum=0
+    )
     engine: str = _flag("model, or sim: no weights, a cost model's time", "model", choices=("model", "sim"))
+    sim_step_s: float = _flag("--engine sim: seconds of one step", 0.001)
+    sim_prefill_token_s: float = _flag("--engine sim: seconds per prompt token", 0.00002)
     served_model_name: str = _flag("name clients use (default: the directory's name)", "")
     metrics_bind: str = _flag("HOST:PORT of /metrics and /health; empty: none", "127.0.0.1:0")
-    drain_timeout: float = _flag("seconds to finish running requests on SIGTERM", 30.0)
-    log_level: str = _flag("debug, info, warning or error", "info")
+    drain_timeout: float = _flag("seconds to finish running requests on SIGTERM", 30.0, minimum=0.0)
+    log_level: str = _flag("least severe lines to print", "info", choices=LOG_LEVELS)
 
 
 @dataclass(frozen=True, slots=True)
 class ProxySettings:
     """One proxy."""
 
-    model: str = _flag("model directory (tokenizer and chat template; no weights are read)", "", positional=True)
+    model: str = _flag(
+        "model directory (tokenizer and chat template; no weights are read)", "", positional=True
+    )
     host: str = _flag("address to listen on", "127.0.0.1")
-    port: int = _flag("HTTP port", 8000)
-    control: str = _flag("control address that workers dial: ipc://PATH or tcp://HOST:PORT", "tcp://127.0.0.1:7400")
+    port: int = _flag("HTTP port", 8000, minimum=0, maximum=MAX_PORT)
+    control: str = _flag(
+        "control address that workers dial: ipc://PATH or tcp://HOST:PORT", "tcp://127.0.0.1:7400"
+    )
     store: str = _flag("where residency lives: memory or redis://HOST:PORT/DB", "memory")
     served_model_name: str = _flag("name clients use (default: the directory's name)", "")
-    max_body_bytes: int = _flag("largest request body", 10 << 20)
-    max_concurrent_requests: int = _flag("requests in flight; more get 503", 2048)
-    request_timeout: float = _flag("seconds one request may take", 600.0)
+    max_body_bytes: int = _flag("largest request body", 10 << 20, minimum=1)
+    max_concurrent_requests: int = _flag("requests in flight; more get 503", 2048, minimum=1)
+    request_timeout: float = _flag("seconds one request may take", 600.0, above=0.0)
     disaggregate_above: int = _flag(
-        "uncached prompt tokens from which a prefill worker computes the prompt (-1: by measured cost)", -1
+        "uncached prompt tokens from which a prefill worker computes the prompt (-1: by measured cost)",
+        -1,
+        minimum=-1,
     )
-    log_level: str = _flag("debug, info, warning or error", "info")
+    log_level: str = _flag("least severe lines to print", "info", choices=LOG_LEVELS)
+
+
+@dataclass(frozen=True, slots=True)
+class UpSettings:
+    """`kvmesh up`: how many of what; everything else is the proxy's and the workers' own settings."""
+
+    model: str = _flag("Hugging Face model directory (default: the bundled demo model)", "", positional=True)
+    prefill: int = _flag("prefill workers (-1: 1, or 0 with --both)", -1, minimum=-1, maximum=256)
+    decode: int = _flag("decode workers (-1: 1, or 0 with --both)", -1, minimum=-1, maximum=256)
+    both: int = _flag("workers that prefill and decode", 0, minimum=0, maximum=256)
+    store: str = _flag(
+        "auto (KVMESH_STORE, else an embedded server if installed, else memory), memory or redis://HOST:PORT/DB",
+        "auto",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSettings:
+    """`kvmesh chat`."""
+
+    message: tuple[str, ...] = _flag("one message; none: a conversation", (), positional=True)
+    url: str = _flag("the server", "http://127.0.0.1:8000")
+    model: str = _flag("model name (default: the first that the server lists)", "")
+    system: str = _flag("system message", "")
+    max_tokens: int = _flag("longest answer in tokens", 512, minimum=1)
+    temperature: float = _flag("0 is greedy", 0.7, minimum=0.0)
+    quiet: bool = _flag("print the answer alone", False)
+
+
+@dataclass(frozen=True, slots=True)
+class CompleteSettings:
+    """`kvmesh complete`."""
+
+    prompt: tuple[str, ...] = _flag("text to continue; none: standard input", (), positional=True)
+    url: str = _flag("the server", "http://127.0.0.1:8000")
+    model: str = _flag("model name (default: the first that the server lists)", "")
+    max_tokens: int = _flag("longest continuation in tokens", 64, minimum=1)
+    temperature: float = _flag("0 is greedy", 0.0, minimum=0.0)
+    quiet: bool = _flag("print the continuation alone", False)

@@ -1,0 +1,139 @@
+"""The prefill role: prompts in; the first token and fetchable blocks out.
+
+Life of a request here:
+
+    1. `Prefill` arrives        the engine computes it chunk by chunk (a request that leaves after one token)
+    2. the decode worker's `Fetch` may come before, during or after; completed blocks go out with the chunk that
+       completes them
+    3. the first token          straight to the proxy, and as a note on the stream to the decode worker
+    4. HELD                     blocks stay referenced until the fetcher confirms, aborts, or its lease lapses
+    5. released                 they remain ordinary cached blocks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from engine.step import TokenOut
+from kvtransfer.endpoint import Event as KvEvent
+from kvtransfer.endpoint import StreamReleased
+from mesh.messages import Abort, Decode, Prefill, PrefillReport
+from worker.firsttoken import FirstToken
+from worker.links import ProxyLink
+from worker.role import Job, Parts, engine_request, refuse
+from worker.steploop import Expected, Rejected, Stepped
+
+
+class PrefillRole:
+    """See `worker.role.Role`."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._jobs: dict[str, Job] = {}
+        """By request id, until the first token is out."""
+        self._streams: dict[str, Job] = {}
+        """By engine key, until the blocks are released."""
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs or self._streams)
+
+    def assign(self, link: ProxyLink, message: Prefill | Decode) -> None:
+        job = Job(
+            message.request_id, message.attempt, link, self._parts.clock() + max(0.0, message.deadline_s)
+        )
+        if isinstance(message, Decode):
+            refuse(job, "wrong_role", "this worker only computes prompts", retryable=True)
+            return
+        known = self._jobs.get(message.request_id)
+        if known is not None and known.attempt >= message.attempt:
+            return
+        if known is not None:
+            self._end(known)
+        if len(message.tokens) >= self._parts.max_model_len:
+            refuse(job, "too_long", "the prompt leaves no room for a token", retryable=False)
+            return
+        self._jobs[job.request_id] = job
+        self._streams[job.key] = job
+        self._parts.kv.open_stream(job.key)
+        self._parts.loop.add(engine_request(message, self._parts.clock(), stop_after=1))
+
+    def abort(self, message: Abort) -> None:
+        for job in [j for j in self._streams.values() if j.request_id == message.request_id]:
+            if job.attempt <= message.attempt:
+                self._end(job)
+
+    def stepped(self, event: Stepped) -> None:
+        for out in event.output.tokens:
+            job = self._streams.get(out.request.key)
+            if job is not None:
+                self._first_token(job, out)
+
+    def exported_all(self, event: Stepped) -> None:
+        for out in event.output.tokens:
+            if out.request.key in self._streams:
+                self._parts.kv.close_stream(out.request.key)
+
+    def _first_token(self, job: Job, out: TokenOut) -> None:
+        finish = None if out.finish == "handoff" else out.finish
+        request = out.request
+        waited = (request.first_scheduled or request.arrived) - request.arrived
+        report = PrefillReport(
+            cached_tokens=request.num_cached_tokens,
+            fetched_tokens=0,
+            computed_tokens=request.num_prompt_tokens - request.num_cached_tokens,
+            queue_s=waited,
+            compute_s=self._parts.clock() - request.arrived - waited,
+            transfer_s=0.0,
+            transfer_bytes=0,
+            overlap_bytes=0,
+        )
+        self._parts.replies.token(job, out, finish, report)
+        self._parts.kv.note(job.key, FirstToken(out.index, out.token, finish).pack())
+        self._jobs.pop(job.request_id, None)
+
+    def expected(self, event: Expected) -> None:
+        """Nothing is fetched by this role yet."""
+
+    def rejected(self, event: Rejected) -> None:
+        job = self._streams.get(event.key)
+        if job is not None:
+            refuse(job, "no_memory", event.message, retryable=True)
+            self._end(job)
+
+    def transferred(self, events: Iterable[KvEvent]) -> None:
+        for event in events:
+            if isinstance(event, StreamReleased):
+                self._released(event)
+
+    def _released(self, event: StreamReleased) -> None:
+        job = self._streams.pop(event.stream, None)
+        if job is None:
+            return
+        self._parts.loop.want(event.stream, frozenset())
+        self._parts.loop.release(event.stream)
+        self._parts.metrics.released(event.reason)
+
+    def tick(self, now: float) -> None:
+        for job in [j for j in self._streams.values() if now >= j.deadline]:
+            refuse(job, "deadline", "the request's time is over", retryable=False)
+            self._end(job)
+
+    def lost(self, link: ProxyLink) -> None:
+        for job in [j for j in self._streams.values() if j.link is link]:
+            self._end(job)
+
+    def hand_back(self) -> None:
+        for job in list(self._streams.values()):
+            if job.request_id in self._jobs:
+                refuse(job, "draining", "this worker is leaving", retryable=True)
+            self._end(job)
+
+    def _end(self, job: Job) -> None:
+        if self._jobs.get(job.request_id) is job:
+            del self._jobs[job.request_id]
+        self._streams.pop(job.key, None)
+        self._parts.loop.want(job.key, frozenset())
+        self._parts.loop.abort(job.key)
+        self._parts.kv.close_stream(job.key, failed=True)
+        self._parts.kv.release_stream(job.key)

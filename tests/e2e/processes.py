@@ -1,0 +1,222 @@
+"""A real deployment for tests: one proxy and its workers as processes on this host, each killable by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from openai import OpenAI
+
+ROOT = Path(__file__).resolve().parents[2]
+READY_S = 90.0
+"""Two cores import torch for several workers at once."""
+POLL_S = 0.01
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+    return port
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = 30.0) -> None:
+    """Polls a condition of another process; fails with what was waited for."""
+    end = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {timeout} s: {what}")
+        time.sleep(POLL_S)
+
+
+def fetch(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    except OSError:
+        return 0, ""
+
+
+@dataclass(slots=True)
+class Worker:
+    name: str
+    role: str
+    metrics_port: int
+    process: subprocess.Popen[bytes]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A sample of the worker's /metrics; NaN while it does not answer."""
+        _, text = fetch(f"http://127.0.0.1:{self.metrics_port}/metrics")
+        for line in text.splitlines():
+            found = re.match(rf"{re.escape(name)}(?:\{{(.*)\}})? (\S+)", line)
+            if found and all(f'{k}="{v}"' in (found[1] or "") for k, v in labels.items()):
+                return float(found[2])
+        return float("nan")
+
+    @property
+    def steps(self) -> float:
+        return self.metric("vllm:iteration_tokens_total_count")
+
+
+@dataclass(slots=True)
+class Deployment:
+    directory: Path
+    model: Path
+    port: int
+    flags: tuple[str, ...] = ()
+    store: str = "memory"
+    proxy: subprocess.Popen[bytes] | None = None
+    workers: dict[str, Worker] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=60)
+
+    @property
+    def model_name(self) -> str:
+        return self.model.name
+
+    def start_proxy(self, *flags: str) -> None:
+        arguments = [str(self.model), "--port", str(self.port), "--control", self._ipc("control")]
+        self.proxy = self._spawn("proxy", [*arguments, "--store", self.store, *flags], "proxy")
+
+    def start_worker(self, role: str, name: str, *flags: str) -> Worker:
+        port = free_port()
+        module = "prefill" if role == "prefill" else "decode"
+        arguments = [str(self.model), "--role", role, "--worker-id", name]
+        arguments += ["--proxy", self._ipc("control"), "--kv-bind", self._ipc(f"{name}-{port}.kv")]
+        arguments += ["--metrics-bind", f"127.0.0.1:{port}", "--store", self.store, "--threads", "1"]
+        process = self._spawn(module, [*arguments, *self.flags, *flags], name)
+        self.workers[name] = Worker(name, role, port, process)
+        return self.workers[name]
+
+    def wait_ready(self, workers: int | None = None) -> None:
+        """Until the proxy is ready and every worker's health answers."""
+        wait_until(lambda: fetch(f"{self.url}/ready")[0] == 200, f"ready: {self._logs()}", READY_S)
+        for worker in list(self.workers.values())[:workers]:
+            wait_until(
+                lambda w=worker: fetch(f"http://127.0.0.1:{w.metrics_port}/health")[0] == 200,  # type: ignore[misc]
+                f"{worker.name} healthy: {self._logs()}",
+                READY_S,
+            )
+        expected = {
+            role: sum(w.role == role for w in self.workers.values()) for role in ("prefill", "decode", "both")
+        }
+        wait_until(lambda: self._pools() == expected, f"all registered: {self._logs()}", READY_S)
+
+    def kill(self, name: str) -> None:
+        process = self.workers[name].process
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        del self.workers[name]
+
+    def stream(self, prompt: Sequence[int], max_tokens: int, **more: object) -> Iterator[str]:
+        """Texts of a streamed completion of token ids."""
+        events = self.client.completions.create(
+            model=self.model_name,
+            prompt=list(prompt),
+            max_tokens=max_tokens,
+            stream=True,
+            **more,  # type: ignore[call-overload]
+        )
+        for event in events:
+            for choice in event.choices:
+                yield choice.text
+
+    def assert_quiet(self) -> None:
+        """Nothing is left anywhere: no request, hold, transfer; free + cached = total on every worker."""
+        for worker in self.workers.values():
+            wait_until(lambda w=worker: _quiet(w), f"{worker.name} quiet: {_state(worker)}", 20)  # type: ignore[misc]
+
+    def stop(self) -> None:
+        processes = [w.process for w in self.workers.values()] + ([self.proxy] if self.proxy else [])
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _pools(self) -> dict[str, int]:
+        status, text = fetch(f"{self.url}/ready")
+        pools: dict[str, int] = json.loads(text).get("workers", {}) if status == 200 else {}
+        return {role: pools.get(role, 0) for role in ("prefill", "decode", "both")}
+
+    def _ipc(self, name: str) -> str:
+        return f"ipc://{self.directory}/{name}"
+
+    def _spawn(self, module: str, arguments: list[str], name: str) -> subprocess.Popen[bytes]:
+        log = (self.directory / f"{name}.log").open("ab")
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log
+        )
+
+    def _logs(self) -> str:
+        return "\n".join(f"--- {p.name}\n{p.read_text()[-1500:]}" for p in self.directory.glob("*.log"))
+
+
+STATES = {
+    "running": ("vllm:num_requests_running", {}),
+    "waiting": ("vllm:num_requests_waiting", {}),
+    "fetching": ("kvmesh_num_requests_fetching", {}),
+    "held": ("kvmesh_num_requests_held", {}),
+    "held blocks": ("kvmesh_kv_blocks", {"state": "held"}),
+    "transfers": ("kvmesh_kv_endpoint", {"what": "open_transfers"}),
+    "streams": ("kvmesh_kv_endpoint", {"what": "held_streams"}),
+}
+
+
+def _state(worker: Worker) -> dict[str, float]:
+    return {key: worker.metric(name, **labels) for key, (name, labels) in STATES.items()}
+
+
+def _quiet(worker: Worker) -> bool:
+    free, cached = (worker.metric("kvmesh_kv_blocks", state=s) for s in ("free", "cached"))
+    return all(v == 0 for v in _state(worker).values()) and free + cached == worker.metric(
+        "kvmesh_kv_blocks_capacity"
+    )
+
+
+@contextmanager
+def deployment(
+    directory: Path,
+    model: Path,
+    *,
+    prefill: int,
+    decode: int,
+    flags: Sequence[str] = (),
+    proxy_flags: Sequence[str] = (),
+    store: str = "memory",
+) -> Iterator[Deployment]:
+    """Proxy, `prefill` and `decode` workers named `prefill-0` …; stopped at the end."""
+    running = Deployment(directory, model, free_port(), tuple(flags), store)
+    try:
+        running.start_proxy(*proxy_flags)
+        for role, count in (("prefill", prefill), ("decode", decode)):
+            for i in range(count):
+                running.start_worker(role, f"{role}-{i}")
+        running.wait_ready()
+        yield running
+    finally:
+        running.stop()

@@ -1,0 +1,126 @@
+"""The connections to the proxies: register, stay registered, deliver tokens in order, notice a silent proxy.
+
+A link's life:
+
+    dialled ──connected──▶ Register sent ──Welcome──▶ registered ──lease lapsed / another proxy answers──▶ lost
+       ▲                        ▲ (repeated until Welcome)                                                  │
+       └────────────────────────┴───────────────────────────────────────────────────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from mesh import wire
+from mesh.errors import BadFrame
+from mesh.messages import ProxyBeat, Register, Welcome, WorkerInfo
+
+log = logging.getLogger(__name__)
+
+REGISTER_EVERY_S = 0.5
+"""Until a `Welcome` comes; a proxy that starts later than its workers is found within this."""
+RECONNECT_MS = 50
+RECONNECT_MAX_MS = 1000
+SEND_QUEUE = 10_000
+"""Messages libzmq holds for a proxy that reads slowly; the link's own outbox takes over above it."""
+OUTBOX_LIMIT = 100_000
+"""Messages kept for a stalled proxy before the link counts as lost; each is one step's tokens."""
+
+
+class ProxyLink:
+    """One proxy as this worker sees it; used by the I/O thread only."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, info: WorkerInfo) -> None:
+        self.address = address
+        self.proxy_id = ""
+        self._info = info
+        self._lease_s = 0.0
+        self._heard = 0.0
+        self._next_register = 0.0
+        self._outbox: deque[bytes] = deque()
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 200)
+        self.socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
+        self.socket.setsockopt(zmq.IMMEDIATE, 1)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
+        self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self.socket.connect(address)
+
+    @property
+    def registered(self) -> bool:
+        return self.proxy_id != ""
+
+    def close(self) -> None:
+        self.socket.disable_monitor()
+        self.monitor.close(0)
+        self.socket.close()
+
+    def send(self, message: Any) -> None:
+        """Queues a message; `flush` hands it on. Nothing is ever dropped while the link is registered."""
+        self._outbox.append(wire.encode(message, self._info.incarnation))
+
+    def flush(self) -> None:
+        while self._outbox:
+            try:
+                self.socket.send(self._outbox[0], zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._outbox.popleft()
+
+    def receive(self) -> Iterator[wire.Envelope]:
+        """All messages that wait, the link's own (`Welcome`, `ProxyBeat`) included, without blocking."""
+        while True:
+            try:
+                frame = self.socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                yield wire.decode(frame)
+            except BadFrame as error:
+                log.warning("proxy %s sent a bad frame: %s", self.address, error)
+
+    def heard(self, message: Welcome | ProxyBeat, now: float) -> bool:
+        """Notes a sign of life. True: this is a proxy process that the link did not know before."""
+        new = message.proxy_id != self.proxy_id
+        if isinstance(message, Welcome):
+            self._lease_s = message.lease_s
+        elif new:
+            return False
+        self.proxy_id = message.proxy_id
+        self._heard = now
+        return new
+
+    def reconnected(self, now: float) -> None:
+        """Reads the socket monitor: on a new connection the worker introduces itself again."""
+        while self.monitor.poll(0):
+            event = recv_monitor_message(self.monitor)
+            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._register(now)
+
+    def tick(self, now: float) -> bool:
+        """Repeats `Register` while unknown. True: the proxy's lease just lapsed and the link is lost."""
+        if not self.registered:
+            if now >= self._next_register:
+                self._register(now)
+            return False
+        if now - self._heard <= self._lease_s and len(self._outbox) <= OUTBOX_LIMIT:
+            return False
+        log.warning("proxy %s is silent; freeing what it asked for", self.address)
+        self.proxy_id = ""
+        self._outbox.clear()
+        return True
+
+    def _register(self, now: float) -> None:
+        self._next_register = now + REGISTER_EVERY_S
+        try:
+            self.socket.send(wire.encode(Register(self._info), self._info.incarnation), zmq.NOBLOCK)
+        except zmq.Again:
+            return

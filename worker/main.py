@@ -1,0 +1,187 @@
+"""From settings to a running worker process: load the model, measure it, open the sockets, run the role."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import zmq
+
+from engine.engine import Engine, EngineConfig
+from engine.request import EngineRequest
+from engine.runner import ModelRunner
+from engine.sim_engine import SimRunner
+from kvtransfer.endpoint import KvEndpoint
+from mesh import environment, logs, options
+from mesh.errors import EXIT_WORKER, StartupError
+from mesh.messages import BlockEvents, WorkerInfo
+from mesh.metrics import MetricsServer
+from mesh.params import SamplingParams
+from mesh.progress import report
+from mesh.residency import open_publisher
+from mesh.settings import WorkerSettings
+from worker.metrics import WorkerMetrics
+from worker.process import Station, WorkerProcess
+from worker.role import Parts, Role
+
+log = logging.getLogger(__name__)
+
+CPU_STEP_TOKENS = 512
+"""A CPU computes so many prompt tokens of a small model in about a third of a second: the longest a decoding
+neighbour should wait when one process serves both."""
+CUDA_STEP_TOKENS = 8192
+WARM_UP_TOKENS = 256
+MIN_STEP_BOUND_S = 5.0
+"""A step that is merely slow (a page fault storm, a noisy neighbour) must not count as hung."""
+STEP_BOUND_FACTOR = 20
+
+
+def run(role: str, make_role: Callable[[Parts], Role]) -> None:
+    """The `main` of every worker module; ends the process."""
+    try:
+        settings = options.parse(WorkerSettings, sys.argv[1:], role=role)
+        logs.setup(settings.log_level, settings.worker_id or role)
+        environment.check()
+        code = serve(settings, make_role)
+    except StartupError as error:
+        print(f"kvmesh: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 0
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)  # torch's and zmq's exit handlers can wait on threads that have nothing left to say
+
+
+def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
+    """Runs one worker until it is drained; returns its exit code. Raises `StartupError`."""
+    began = time.monotonic()
+    set_threads(settings.threads)
+    runner = load_runner(settings)
+    max_model_len = runner.max_model_len
+    budget = settings.max_num_batched_tokens or (
+        CPU_STEP_TOKENS if settings.device == "cpu" else CUDA_STEP_TOKENS
+    )
+    engine = Engine(runner, EngineConfig(settings.max_num_seqs, budget, max_model_len))
+    report("warm-up", 0.0)
+    step_bound = warm_up(engine, budget)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    incarnation = time.time_ns()
+    worker_id = settings.worker_id or f"{settings.role}-{os.getpid()}"
+    kv = KvEndpoint(
+        context=context,
+        bind=settings.kv_bind,
+        worker_id=worker_id,
+        incarnation=incarnation,
+        host=host_identity(),
+        layout=runner.layout,
+        transports=tuple(t.strip() for t in settings.transport.split(",") if t.strip()),
+        clock=time.monotonic,
+    )
+    metrics_server = MetricsServer(settings.metrics_bind)
+    info = WorkerInfo(
+        worker_id=worker_id,
+        incarnation=incarnation,
+        role=settings.role,
+        kv_address=kv.address,
+        host=host_identity(),
+        pid=os.getpid(),
+        metrics_address=metrics_server.address,
+        model=settings.served_model_name or Path(settings.model).resolve().name,
+        model_digest=runner.digest,
+        layout=runner.layout,
+        total_blocks=runner.num_blocks,
+        max_model_len=max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=budget,
+        step_bound_s=step_bound,
+    )
+    metrics = WorkerMetrics(info)
+    processes: list[WorkerProcess] = []
+
+    def publish_directly(events: BlockEvents) -> None:
+        for process in processes:
+            process.publish(events)
+
+    publisher = open_publisher(settings.store, info, publish_directly)
+    process = WorkerProcess(
+        Station(info, engine, kv, publisher, metrics, settings.proxy, settings.drain_timeout),
+        context,
+        make_role,
+    )
+    processes.append(process)
+    metrics_server.start(metrics.registry)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: process.drain())
+    report("ready", 1.0)
+    log.info(
+        "%s ready in %.1f s: %d blocks of %d tokens, %d-token steps",
+        worker_id,
+        time.monotonic() - began,
+        runner.num_blocks,
+        runner.layout.block_tokens,
+        budget,
+    )
+    code = process.run()
+    metrics_server.close()
+    return code
+
+
+def load_runner(settings: WorkerSettings) -> ModelRunner | SimRunner:
+    if settings.engine == "sim":
+        return SimRunner.from_settings(settings)
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise StartupError("--device cuda: this machine has no usable CUDA device", EXIT_WORKER)
+    return ModelRunner.load(
+        Path(settings.model),
+        device=settings.device,
+        dtype=settings.dtype,
+        block_tokens=settings.block_tokens,
+        num_blocks=settings.kv_blocks,
+        memory_utilization=settings.gpu_memory_utilization,
+        max_model_len=settings.max_model_len,
+        max_num_batched_tokens=settings.max_num_batched_tokens or CPU_STEP_TOKENS,
+        progress=report,
+    )
+
+
+def set_threads(threads: int) -> None:
+    """One torch thread where cores are few: two spinning threads on a busy core are slower than one."""
+    cores = os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // 2))
+
+
+def host_identity() -> str:
+    """Equal on two processes exactly when they can share memory: same kernel, same /dev/shm."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        shm = os.stat("/dev/shm")
+        return f"{boot}/{shm.st_dev}/{shm.st_ino}"
+    except OSError:
+        return f"{socket.gethostname()}/{secrets.token_hex(8)}"
+
+
+def warm_up(engine: Engine, budget: int) -> float:
+    """Computes one prompt and one token, so that the first client pays for no lazy set-up; returns a step's bound."""
+    tokens = min(WARM_UP_TOKENS, budget, engine.capacity_tokens - 2)
+    began = time.monotonic()
+    request = EngineRequest(
+        "warm-up",
+        [1] * max(1, tokens),
+        max(1, tokens),
+        SamplingParams(max_tokens=2, temperature=0.0),
+        secrets.token_bytes(16),
+    )
+    engine.add(request)
+    while engine.has_work:
+        engine.step()
+    per_token = (time.monotonic() - began) / max(1, tokens)
+    return max(MIN_STEP_BOUND_S, STEP_BOUND_FACTOR * per_token * budget)

@@ -1,0 +1,278 @@
+"""One worker process: the step loop's thread beside the I/O thread that owns every socket.
+
+    proxies ◀── ProxyLink ──┐                        ┌── StepLoop (thread: engine, pages, beat)
+                            ├── I/O loop (this file) ┤
+    other workers ◀─ KvEndpoint                      └── Role (prefill or decode: what each message means)
+
+Shutdown, on SIGTERM or SIGINT:
+
+    1. tell the proxies (a beat with `draining`); refuse new requests
+    2. wait until every request is finished, at most `drain_timeout`
+    3. hand what is left back to its proxy, say goodbye
+    4. stop the step loop, close the sockets
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import zmq
+
+from engine.engine import Engine
+from kvtransfer.endpoint import KvEndpoint, NeedBlocks, WantedChanged
+from kvtransfer.endpoint import Event as KvEvent
+from mesh.errors import EXIT_WORKER
+from mesh.messages import (
+    Abort,
+    Beat,
+    BlockEvents,
+    Decode,
+    Goodbye,
+    Prefill,
+    ProxyBeat,
+    Refused,
+    Welcome,
+    WorkerInfo,
+)
+from mesh.residency import Publisher
+from mesh.wire import Envelope
+from worker.links import ProxyLink
+from worker.metrics import WorkerMetrics
+from worker.role import Parts, Replies, Role
+from worker.steploop import (
+    Beaten,
+    Expected,
+    Exported,
+    LoopEvent,
+    Rejected,
+    Snapshot,
+    StepLoop,
+    Stepped,
+    Stopped,
+)
+
+log = logging.getLogger(__name__)
+
+POLL_MS = 50
+"""Longest sleep of the I/O loop: the resolution of its deadlines."""
+STOP_TIMEOUT_S = 5.0
+"""For the step in progress when the process leaves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Station:
+    """Everything that was opened before the loop starts."""
+
+    info: WorkerInfo
+    engine: Engine
+    kv: KvEndpoint
+    publisher: Publisher
+    metrics: WorkerMetrics
+    proxies: tuple[str, ...]
+    drain_timeout: float
+
+
+class WorkerProcess:
+    """The I/O loop. `run` returns the process's exit code."""
+
+    def __init__(
+        self,
+        station: Station,
+        context: zmq.Context[zmq.Socket[bytes]],
+        make_role: Callable[[Parts], Role],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._station = station
+        self._clock = clock
+        self._events: queue.SimpleQueue[LoopEvent] = queue.SimpleQueue()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._loop = StepLoop(station.engine, self._emit, clock)
+        self._links = [ProxyLink(context, address, station.info) for address in station.proxies]
+        self._replies = Replies()
+        self._role = make_role(
+            Parts(
+                self._loop,
+                station.kv,
+                self._replies,
+                station.metrics,
+                station.info.max_model_len,
+                clock,
+            )
+        )
+        self._publisher = station.publisher
+        self._event_seq = 0
+        self._drain_asked = False
+        self._draining_until: float | None = None
+        self._exit_code: int | None = None
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake, zmq.POLLIN)
+        for link in self._links:
+            self._poller.register(link.socket, zmq.POLLIN)
+            self._poller.register(link.monitor, zmq.POLLIN)
+        self._kv_sockets: set[zmq.Socket[bytes]] = set()
+
+    def drain(self) -> None:
+        """Asks for a clean end; callable from a signal handler."""
+        self._drain_asked = True
+        os.eventfd_write(self._wake, 1)
+
+    def publish(self, events: BlockEvents) -> None:
+        """Sends residency straight to every proxy (when no shared store carries it)."""
+        for link in self._links:
+            if link.registered:
+                link.send(events)
+
+    def run(self) -> int:
+        self._loop.start()
+        try:
+            while self._exit_code is None:
+                self._turn()
+        finally:
+            self._close()
+        return self._exit_code
+
+    def _watch_kv(self) -> None:
+        """Connections to other workers come and go."""
+        current = set(self._station.kv.sockets())
+        for socket in self._kv_sockets - current:
+            self._poller.unregister(socket)
+        for socket in current - self._kv_sockets:
+            self._poller.register(socket, zmq.POLLIN)
+        self._kv_sockets = current
+
+    def _turn(self) -> None:
+        """One round: wait, read everything that came, answer, flush."""
+        self._watch_kv()
+        ready = {source for source, _ in self._poller.poll(POLL_MS)}
+        if self._wake in ready:
+            os.eventfd_read(self._wake)
+        now = self._clock()
+        self._read_proxies(now)
+        for socket in self._kv_sockets & ready:
+            self._kv_events(self._station.kv.receive(socket))
+        self._read_loop()
+        self._tick(now)
+        self._replies.flush()
+        for link in self._links:
+            link.flush()
+
+    def _emit(self, event: LoopEvent) -> None:
+        """Runs on the step loop's thread."""
+        self._events.put(event)
+        os.eventfd_write(self._wake, 1)
+
+    def _read_proxies(self, now: float) -> None:
+        for link in self._links:
+            link.reconnected(now)
+            for envelope in link.receive():
+                self._from_proxy(link, envelope, now)
+
+    def _from_proxy(self, link: ProxyLink, envelope: Envelope, now: float) -> None:
+        message = envelope.message
+        if isinstance(message, (Welcome, ProxyBeat)):
+            if link.heard(message, now):
+                log.info("registered with proxy %s at %s", link.proxy_id, link.address)
+                self._role.lost(link)  # whatever an earlier proxy process at this address had asked for
+                self._loop.snapshot()
+        elif isinstance(message, (Prefill, Decode)):
+            self._assign(link, envelope, message)
+        elif isinstance(message, Abort):
+            self._role.abort(message)
+
+    def _assign(self, link: ProxyLink, envelope: Envelope, message: Prefill | Decode) -> None:
+        refusal = None
+        if envelope.receiver != self._station.info.incarnation:
+            refusal = ("stale_incarnation", "this is a later life of that worker")
+        elif self._draining_until is not None or self._drain_asked:
+            refusal = ("draining", "this worker is leaving")
+        if refusal is None:
+            self._role.assign(link, message)
+        else:
+            link.send(Refused(message.request_id, message.attempt, refusal[0], refusal[1], True))
+
+    def _read_loop(self) -> None:
+        for _ in range(self._events.qsize()):
+            event = self._events.get_nowait()
+            if isinstance(event, Stepped):
+                self._stepped(event)
+            elif isinstance(event, Exported):
+                self._station.kv.provide(event.name, event.payload)
+            elif isinstance(event, Expected):
+                self._role.expected(event)
+            elif isinstance(event, Rejected):
+                self._role.rejected(event)
+            elif isinstance(event, Beaten):
+                self._beat(event)
+            elif isinstance(event, Snapshot):
+                self._publisher.reset(event.names)
+            elif isinstance(event, Stopped):
+                self._stopped(event)
+
+    def _stepped(self, event: Stepped) -> None:
+        self._station.metrics.stepped(event)
+        self._role.stepped(event)
+        for block in event.exported:
+            if block.payload is not None:
+                self._station.kv.produced(block.stream, block.name, block.payload)
+        self._role.exported_all(event)
+        if event.output.stored or event.output.removed:
+            self._publisher.publish(event.output.stored, event.output.removed)
+
+    def _beat(self, event: Beaten) -> None:
+        self._station.metrics.beaten(event.load, self._station.kv.stats())
+        beat = Beat(event.steps, self._draining_until is not None, event.load)
+        for link in self._links:
+            if link.registered:
+                link.send(beat)
+
+    def _kv_events(self, events: list[KvEvent]) -> None:
+        if not events:
+            return
+        for event in events:
+            if isinstance(event, WantedChanged):
+                self._loop.want(event.stream, event.names)
+            elif isinstance(event, NeedBlocks):
+                self._loop.export(event.stream, event.names)
+        self._role.transferred(events)
+
+    def _tick(self, now: float) -> None:
+        self._kv_events(self._station.kv.tick())
+        self._role.tick(now)
+        for link in self._links:
+            if link.tick(now):
+                self._role.lost(link)
+        if self._drain_asked and self._draining_until is None:
+            log.info("draining: finishing %s", "running requests" if self._role.busy else "nothing")
+            self._draining_until = now + self._station.drain_timeout
+        if self._draining_until is not None and (not self._role.busy or now >= self._draining_until):
+            self._leave()
+
+    def _leave(self) -> None:
+        self._role.hand_back()
+        self._replies.flush()
+        for link in self._links:
+            if link.registered:
+                link.send(Goodbye("drained"))
+        if self._exit_code is None:
+            self._exit_code = 0
+
+    def _stopped(self, event: Stopped) -> None:
+        if event.error is None:
+            return
+        log.critical("the step loop failed: %s", event.error, exc_info=event.error)
+        self._exit_code = EXIT_WORKER
+
+    def _close(self) -> None:
+        for link in self._links:
+            link.flush()
+        self._loop.stop(STOP_TIMEOUT_S)
+        self._publisher.close()
+        self._station.kv.close()
+        for link in self._links:
+            link.close()
+        os.close(self._wake)

@@ -1,0 +1,130 @@
+"""What a role (prefill, decode) has in its hands, and what the worker's I/O loop calls it for."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engine.request import EngineRequest
+from engine.step import TokenOut
+from kvtransfer.endpoint import KvEndpoint
+from kvtransfer.endpoint import Event as KvEvent
+from mesh.messages import Abort, Decode, Prefill, PrefillReport, Refused, TokenBatch, TokenDelta
+from worker.links import ProxyLink
+from worker.metrics import WorkerMetrics
+from worker.steploop import Expected, Rejected, StepLoop, Stepped
+
+
+def engine_key(request_id: str, attempt: int) -> str:
+    """The name of one attempt: the engine's request key and the transfer's stream, equal on both workers."""
+    return f"{request_id}#{attempt}"
+
+
+def engine_request(message: Prefill | Decode, now: float, *, stop_after: int | None = None) -> EngineRequest:
+    return EngineRequest(
+        key=engine_key(message.request_id, message.attempt),
+        tokens=list(message.tokens),
+        num_prompt_tokens=message.num_prompt_tokens,
+        params=message.params,
+        hash_root=message.hash_root,
+        stop_after=stop_after,
+        hold=stop_after is not None,
+        arrived=now,
+    )
+
+
+def new_transfer_id() -> bytes:
+    """128 random bits; never derived from anything a client sends."""
+    return secrets.token_bytes(16)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One attempt of one request on this worker, as the I/O thread knows it."""
+
+    request_id: str
+    attempt: int
+    link: ProxyLink
+    deadline: float
+
+    @property
+    def key(self) -> str:
+        return engine_key(self.request_id, self.attempt)
+
+
+@dataclass(slots=True, eq=False)
+class Replies:
+    """Tokens of one turn of the I/O loop, sent as one `TokenBatch` per proxy."""
+
+    _deltas: dict[ProxyLink, list[TokenDelta]] = field(default_factory=dict)
+
+    def token(self, job: Job, out: TokenOut, finish: str | None, report: PrefillReport | None) -> None:
+        delta = TokenDelta(
+            request_id=job.request_id,
+            attempt=job.attempt,
+            index=out.index,
+            tokens=(out.token,),
+            logprobs=(out.logprob,) if out.logprob is not None else (),
+            finish=finish,
+            report=report,
+            prompt_logprobs=out.prompt_logprobs,
+        )
+        self._deltas.setdefault(job.link, []).append(delta)
+
+    def flush(self) -> None:
+        for link, deltas in self._deltas.items():
+            link.send(TokenBatch(tuple(deltas)))
+        self._deltas.clear()
+
+
+def refuse(job: Job, code: str, message: str, *, retryable: bool) -> None:
+    job.link.send(Refused(job.request_id, job.attempt, code, message, retryable))
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The machinery of one worker, shared by its loop and its role."""
+
+    loop: StepLoop
+    kv: KvEndpoint
+    replies: Replies
+    metrics: WorkerMetrics
+    max_model_len: int
+    clock: Callable[[], float]
+
+
+class Role(Protocol):
+    """All methods run on the I/O thread and return at once."""
+
+    def assign(self, link: ProxyLink, message: Prefill | Decode) -> None:
+        """A proxy wants something computed. Idempotent on (request, attempt)."""
+
+    def abort(self, message: Abort) -> None:
+        """Legal in every state."""
+
+    def stepped(self, event: Stepped) -> None:
+        """The step's tokens. The step's wanted blocks are sent after this, so that a note precedes them."""
+
+    def exported_all(self, event: Stepped) -> None:
+        """The step's wanted blocks were sent."""
+
+    def expected(self, event: Expected) -> None: ...
+
+    def rejected(self, event: Rejected) -> None: ...
+
+    def transferred(self, events: Iterable[KvEvent]) -> None: ...
+
+    def tick(self, now: float) -> None:
+        """Deadlines."""
+
+    def lost(self, link: ProxyLink) -> None:
+        """The proxy is gone: free everything it asked for."""
+
+    def hand_back(self) -> None:
+        """Draining has run out of time: give every request back to its proxy."""
+
+    @property
+    def busy(self) -> bool:
+        """Some request of a proxy is not finished here."""
