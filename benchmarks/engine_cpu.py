@@ -20,13 +20,13 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from engine.engine import Engine, EngineConfig
+from engine.runner import ModelRunner
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.measure import Samples, machine, run_delay_s, table
-from engine.engine import Engine, EngineConfig
 from engine.request import EngineRequest
-from engine.runner import ModelRunner
 from mesh.params import SamplingParams
 
 PROMPT = 128

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from mesh.messages import TokenLogprob
 from mesh.params import SamplingParams
 
 
@@ -46,15 +47,28 @@ class EngineRequest:
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    """Pages of positions `[0, len(block_table) * block_tokens)`; empty while FETCHING."""
+    fetched_pages: dict[int, int] = field(default_factory=dict)
+    """While FETCHING: the page of each block (by its position) that is here already; later empty."""
     block_hashes: list[bytes] = field(default_factory=list)
-    """Names of the full blocks of `tokens`, extended as tokens are added."""
+    """Names of the full blocks of `tokens`, extended as they are needed."""
+    num_sealed_blocks: int = 0
+    """Leading blocks whose KV is complete and whose pages carry their names."""
+    num_ready_blocks: int = 0
+    """Leading full blocks reported as `BlockReady`."""
     num_cached_tokens: int = 0
-    """Prompt tokens found in this engine's prefix cache."""
+    """Prompt tokens found in this engine's prefix cache when first scheduled (or `ready`)."""
     num_fetched_tokens: int = 0
     """Prompt tokens filled from outside."""
     num_new_tokens: int = 0
     """Tokens sampled by this engine."""
     num_preemptions: int = 0
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Collected over the prompt's chunks: entry i is about `tokens[i + 1]`."""
+    order: int = 0
+    """Arrival order in this engine, from 1; priority and preemption go by it."""
+    num_initial_tokens: int = 0
+    """Tokens the request came with; its blocks and tail are what a peer fetches."""
     arrived: float = 0.0
     """Engine clock, seconds."""
     first_scheduled: float | None = None
@@ -70,3 +84,8 @@ class EngineRequest:
     @property
     def num_owed_tokens(self) -> int:
         return len(self.tokens) - self.num_computed_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """The prompt has to pass through the model here: nobody has sampled from it yet."""
+        return self.params.prompt_logprobs is not None and len(self.tokens) == self.num_prompt_tokens

@@ -8,6 +8,7 @@ KvmeshError
 
 from __future__ import annotations
 
+EXIT_REQUEST = 1
 EXIT_USAGE = 2
 EXIT_MODEL = 3
 EXIT_PORT = 4
@@ -15,6 +16,7 @@ EXIT_MEMORY = 5
 EXIT_STORE = 6
 EXIT_WORKER = 7
 EXIT_ENVIRONMENT = 8
+EXIT_UNREACHABLE = 9
 
 
 class KvmeshError(Exception):

@@ -36,8 +36,6 @@ class WorkerInfo:
     host: str
     """Workers with equal `host` can share memory."""
     pid: int
-    metrics_address: str
-    """`host:port` of /metrics and /health, or empty."""
     model: str
     model_digest: bytes
     layout: KvLayout

@@ -24,9 +24,7 @@ class WorkerSettings:
     role: str = _flag("what this worker does", "both", choices=("prefill", "decode", "both"))
     worker_id: str = _flag("name kept over restarts, e.g. prefill-0", "")
     proxy: tuple[str, ...] = _flag("control address of a proxy (repeatable)", ("tcp://127.0.0.1:7400",))
-    kv_bind: str = _flag(
-        "where other workers fetch KV blocks: ipc://PATH or tcp://HOST:PORT", "tcp://127.0.0.1:0"
-    )
+    kv_bind: str = _flag("where other workers fetch KV blocks: ipc://PATH or tcp://HOST:PORT", "tcp://127.0.0.1:0")
     transport: str = _flag("KV transports in order of preference: shm, zmq", "shm,zmq")
     store: str = _flag("where residency lives: memory or redis://HOST:PORT/DB", "memory")
     device: str = _flag("cpu or cuda[:N]", "cpu")
@@ -39,9 +37,7 @@ class WorkerSettings:
     )
     max_model_len: int = _flag("longest prompt + output in tokens (0: the model's)", 0, minimum=0)
     max_num_seqs: int = _flag("requests running at once", 256, minimum=1)
-    max_num_batched_tokens: int = _flag(
-        "token budget of one step (0: chosen by role and device)", 0, minimum=0
-    )
+    max_num_batched_tokens: int = _flag("token budget of one step (0: chosen by role and device)", 0, minimum=0)
     engine: str = _flag("model, or sim: no weights, a cost model's time", "model", choices=("model", "sim"))
     sim_step_s: float = _flag("--engine sim: seconds of one step", 0.001)
     sim_prefill_token_s: float = _flag("--engine sim: seconds per prompt token", 0.00002)
@@ -55,14 +51,10 @@ class WorkerSettings:
 class ProxySettings:
     """One proxy."""
 
-    model: str = _flag(
-        "model directory (tokenizer and chat template; no weights are read)", "", positional=True
-    )
+    model: str = _flag("model directory (tokenizer and chat template; no weights are read)", "", positional=True)
     host: str = _flag("address to listen on", "127.0.0.1")
     port: int = _flag("HTTP port", 8000, minimum=0, maximum=MAX_PORT)
-    control: str = _flag(
-        "control address that workers dial: ipc://PATH or tcp://HOST:PORT", "tcp://127.0.0.1:7400"
-    )
+    control: str = _flag("control address that workers dial: ipc://PATH or tcp://HOST:PORT", "tcp://127.0.0.1:7400")
     store: str = _flag("where residency lives: memory or redis://HOST:PORT/DB", "memory")
     served_model_name: str = _flag("name clients use (default: the directory's name)", "")
     max_body_bytes: int = _flag("largest request body", 10 << 20, minimum=1)
@@ -81,8 +73,8 @@ class UpSettings:
     """`kvmesh up`: how many of what; everything else is the proxy's and the workers' own settings."""
 
     model: str = _flag("Hugging Face model directory (default: the bundled demo model)", "", positional=True)
-    prefill: int = _flag("prefill workers (-1: 1, or 0 with --both)", -1, minimum=-1, maximum=256)
-    decode: int = _flag("decode workers (-1: 1, or 0 with --both)", -1, minimum=-1, maximum=256)
+    prefill: int = _flag("prefill workers (default: 1, or 0 with --both)", -1, minimum=-1, maximum=256)
+    decode: int = _flag("decode workers (default: 1, or 0 with --both)", -1, minimum=-1, maximum=256)
     both: int = _flag("workers that prefill and decode", 0, minimum=0, maximum=256)
     store: str = _flag(
         "auto (KVMESH_STORE, else an embedded server if installed, else memory), memory or redis://HOST:PORT/DB",

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from engine.step import TokenOut
 from kvtransfer.endpoint import Event as KvEvent
 from kvtransfer.endpoint import StreamReleased
+
+from engine.step import TokenOut
 from mesh.messages import Abort, Decode, Prefill, PrefillReport
 from worker.firsttoken import FirstToken
 from worker.links import ProxyLink
@@ -39,9 +40,7 @@ class PrefillRole:
         return bool(self._jobs or self._streams)
 
     def assign(self, link: ProxyLink, message: Prefill | Decode) -> None:
-        job = Job(
-            message.request_id, message.attempt, link, self._parts.clock() + max(0.0, message.deadline_s)
-        )
+        job = Job(message.request_id, message.attempt, link, self._parts.clock() + max(0.0, message.deadline_s))
         if isinstance(message, Decode):
             refuse(job, "wrong_role", "this worker only computes prompts", retryable=True)
             return
@@ -88,6 +87,7 @@ class PrefillRole:
             transfer_bytes=0,
             overlap_bytes=0,
         )
+        self._parts.metrics.prompt(report)
         self._parts.replies.token(job, out, finish, report)
         self._parts.kv.note(job.key, FirstToken(out.index, out.token, finish).pack())
         self._jobs.pop(job.request_id, None)
@@ -98,7 +98,7 @@ class PrefillRole:
     def rejected(self, event: Rejected) -> None:
         job = self._streams.get(event.key)
         if job is not None:
-            refuse(job, "no_memory", event.message, retryable=True)
+            refuse(job, event.code, event.message, retryable=True)
             self._end(job)
 
     def transferred(self, events: Iterable[KvEvent]) -> None:
@@ -112,7 +112,6 @@ class PrefillRole:
             return
         self._parts.loop.want(event.stream, frozenset())
         self._parts.loop.release(event.stream)
-        self._parts.metrics.released(event.reason)
 
     def tick(self, now: float) -> None:
         for job in [j for j in self._streams.values() if now >= j.deadline]:

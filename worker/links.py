@@ -89,14 +89,19 @@ class ProxyLink:
 
     def heard(self, message: Welcome | ProxyBeat, now: float) -> bool:
         """Notes a sign of life. True: this is a proxy process that the link did not know before."""
-        new = message.proxy_id != self.proxy_id
         if isinstance(message, Welcome):
+            new = message.proxy_id != self.proxy_id
+            self.proxy_id = message.proxy_id
             self._lease_s = message.lease_s
-        elif new:
-            return False
-        self.proxy_id = message.proxy_id
-        self._heard = now
-        return new
+            self._heard = now
+            return new
+        if message.proxy_id == self.proxy_id:
+            self._heard = now
+        elif self.registered:  # another process answers at this address and does not know us
+            self.proxy_id = ""
+            self._outbox.clear()
+            self._next_register = now
+        return False
 
     def reconnected(self, now: float) -> None:
         """Reads the socket monitor: on a new connection the worker introduces itself again."""

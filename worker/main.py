@@ -6,24 +6,25 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import zmq
-
 from engine.engine import Engine, EngineConfig
-from engine.request import EngineRequest
 from engine.runner import ModelRunner
 from engine.sim_engine import SimRunner
 from kvtransfer.endpoint import KvEndpoint
-from mesh import environment, logs, options
+
+from engine.request import EngineRequest
+from mesh import environment, host, logs, options, startup
 from mesh.errors import EXIT_WORKER, StartupError
 from mesh.messages import BlockEvents, WorkerInfo
 from mesh.metrics import MetricsServer
+from mesh.modeldir import model_name
 from mesh.params import SamplingParams
 from mesh.progress import report
 from mesh.residency import open_publisher
@@ -46,19 +47,22 @@ STEP_BOUND_FACTOR = 20
 
 def run(role: str, make_role: Callable[[Parts], Role]) -> None:
     """The `main` of every worker module; ends the process."""
-    try:
-        settings = options.parse(WorkerSettings, sys.argv[1:], role=role)
-        logs.setup(settings.log_level, settings.worker_id or role)
-        environment.check()
-        code = serve(settings, make_role)
-    except StartupError as error:
-        print(f"kvmesh: {error}", file=sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        code = 0
+    code = startup.run(f"kvmesh serve {role}", lambda: serve(read_settings(role), make_role))
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)  # torch's and zmq's exit handlers can wait on threads that have nothing left to say
+
+
+def read_settings(role: str) -> WorkerSettings:
+    """The command line; the module decides the role, except that a decode worker may be `both`."""
+    settings = options.parse(WorkerSettings, sys.argv[1:], prog=f"python -m {role}")
+    if role == "prefill" or settings.role != "both":
+        settings = replace(settings, role=role)
+    if not settings.worker_id:
+        settings = replace(settings, worker_id=f"{settings.role}-{os.getpid()}")
+    logs.setup(settings.log_level, settings.worker_id)
+    environment.check()
+    return settings
 
 
 def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
@@ -67,35 +71,30 @@ def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
     set_threads(settings.threads)
     runner = load_runner(settings)
     max_model_len = runner.max_model_len
-    budget = settings.max_num_batched_tokens or (
-        CPU_STEP_TOKENS if settings.device == "cpu" else CUDA_STEP_TOKENS
-    )
+    budget = settings.max_num_batched_tokens or (CPU_STEP_TOKENS if settings.device == "cpu" else CUDA_STEP_TOKENS)
     engine = Engine(runner, EngineConfig(settings.max_num_seqs, budget, max_model_len))
-    report("warm-up", 0.0)
+    report("warm-up")
     step_bound = warm_up(engine, budget)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     incarnation = time.time_ns()
-    worker_id = settings.worker_id or f"{settings.role}-{os.getpid()}"
     kv = KvEndpoint(
         context=context,
         bind=settings.kv_bind,
-        worker_id=worker_id,
+        worker_id=settings.worker_id,
         incarnation=incarnation,
-        host=host_identity(),
+        host=host.identity(),
         layout=runner.layout,
         transports=tuple(t.strip() for t in settings.transport.split(",") if t.strip()),
         clock=time.monotonic,
     )
-    metrics_server = MetricsServer(settings.metrics_bind)
     info = WorkerInfo(
-        worker_id=worker_id,
+        worker_id=settings.worker_id,
         incarnation=incarnation,
         role=settings.role,
         kv_address=kv.address,
-        host=host_identity(),
+        host=host.identity(),
         pid=os.getpid(),
-        metrics_address=metrics_server.address,
-        model=settings.served_model_name or Path(settings.model).resolve().name,
+        model=model_name(Path(settings.model), settings.served_model_name),
         model_digest=runner.digest,
         layout=runner.layout,
         total_blocks=runner.num_blocks,
@@ -105,6 +104,7 @@ def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
         step_bound_s=step_bound,
     )
     metrics = WorkerMetrics(info)
+    server = MetricsServer(settings.metrics_bind)
     processes: list[WorkerProcess] = []
 
     def publish_directly(events: BlockEvents) -> None:
@@ -118,20 +118,29 @@ def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
         make_role,
     )
     processes.append(process)
-    metrics_server.start(metrics.registry)
+    server.start(metrics.registry, process.health)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: process.drain())
-    report("ready", 1.0)
+    report(
+        "ready",
+        1.0,
+        device=settings.device,
+        dtype=runner.layout.dtype,
+        blocks=runner.num_blocks,
+        block_tokens=runner.layout.block_tokens,
+        max_model_len=max_model_len,
+        metrics=server.address,
+    )
     log.info(
         "%s ready in %.1f s: %d blocks of %d tokens, %d-token steps",
-        worker_id,
+        settings.worker_id,
         time.monotonic() - began,
         runner.num_blocks,
         runner.layout.block_tokens,
         budget,
     )
     code = process.run()
-    metrics_server.close()
+    server.close()
     return code
 
 
@@ -157,16 +166,6 @@ def set_threads(threads: int) -> None:
     """One torch thread where cores are few: two spinning threads on a busy core are slower than one."""
     cores = os.cpu_count() or 1
     torch.set_num_threads(threads or max(1, cores // 2))
-
-
-def host_identity() -> str:
-    """Equal on two processes exactly when they can share memory: same kernel, same /dev/shm."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        shm = os.stat("/dev/shm")
-        return f"{boot}/{shm.st_dev}/{shm.st_ino}"
-    except OSError:
-        return f"{socket.gethostname()}/{secrets.token_hex(8)}"
 
 
 def warm_up(engine: Engine, budget: int) -> float:

@@ -1,116 +1,149 @@
-"""A worker's metrics, in its own registry; observed on the I/O thread, never inside a step.
+"""A worker's metrics in its own registry, observed on the I/O thread and never inside a step.
 
-Names and buckets follow vLLM's where the meaning is the same, so existing dashboards read them.
+Names that begin with `vllm:` mean what they mean there, so that dashboards made for it work. Every child is made at
+the start: a rate over a counter is never blind to its first event.
 """
 
 from __future__ import annotations
 
+from kvtransfer.endpoint import FetchEnded, TransferStats
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from kvtransfer.endpoint import FetchEnded, TransferStats
-from mesh.messages import Load, WorkerInfo
+from mesh import __version__
+from mesh.messages import Load, PrefillReport, WorkerInfo
 from worker.steploop import Stepped
 
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-TRANSFER_S = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2.5, 5)
-RATIO = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
-RELEASES = ("confirmed", "aborted", "lease", "cap", "other")
-OUTCOMES = ("ok", "timeout", "peer_lost", "refused", "aborted", "corrupt")
+SECONDS = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2.5, 5)
+BLOCK_STATES = ("free", "cached", "held")
+OPEN = ("fetching", "serving", "streams")
+SOURCES = ("local_compute", "local_cache_hit", "external_kv_transfer")
+TRANSPORTS = ("local", "shm", "zmq")
+OUTCOMES = ("ok", "timeout", "peer_lost", "refused", "aborted")
+REFUSALS = ("blocks_missing", "deadline", "draining", "no_memory", "stale_incarnation", "too_long", "wrong_role")
 
 
 class WorkerMetrics:
-    """Every child is made at the start, so that a rate over a counter is never blind to its first event."""
+    """What an SRE sees of one worker."""
 
     def __init__(self, info: WorkerInfo) -> None:
         self.registry = CollectorRegistry()
-        labels = {"model_name": info.model, "engine": info.worker_id, "role": info.role}
-        names = tuple(labels)
-
-        def counter(name: str, text: str) -> Counter:
-            return Counter(name, text, names, registry=self.registry).labels(**labels)
-
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(name, text, names, registry=self.registry).labels(**labels)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, names, registry=self.registry, buckets=buckets).labels(**labels)
-
-        self._running = gauge("vllm:num_requests_running", "Requests in the running batch")
-        self._waiting = gauge("vllm:num_requests_waiting", "Requests waiting to be scheduled")
-        self._fetching = gauge(
-            "kvmesh_num_requests_fetching", "Requests waiting for KV blocks of another worker"
+        self._labels = {"model_name": info.model, "engine": info.worker_id, "role": info.role}
+        self._total_blocks = max(1, info.total_blocks)
+        self._seen: TransferStats | None = None
+        self._running = self._gauge("vllm:num_requests_running", "Requests in the running batch.")
+        self._waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait to be scheduled.")
+        self._usage = self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use by requests, 0 to 1.")
+        self._fetching = self._gauge("kvmesh_kv_fetching_requests", "Requests that wait for blocks of another worker.")
+        self._held = self._gauge("kvmesh_kv_held_requests", "Finished prefills whose blocks wait to be fetched.")
+        self._blocks = self._gauges("kvmesh_kv_blocks", "KV blocks; the sum is the pool.", "state", BLOCK_STATES)
+        self._open = self._gauges(
+            "kvmesh_kv_open", "Transfers under way, and streams kept for a fetcher.", "what", OPEN
         )
-        self._held = gauge("kvmesh_num_requests_held", "Finished prefills whose blocks wait to be fetched")
-        self._usage = gauge(
-            "vllm:kv_cache_usage_perc", "Share of KV blocks that running requests hold, 0 to 1"
+        self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens per engine step.", STEP_TOKENS)
+        self._step_seconds = self._histogram("kvmesh_engine_step_seconds", "Time of one engine step.", SECONDS)
+        self._transfer_seconds = self._histogram(
+            "kvmesh_kv_transfer_seconds", "From a fetch to its last block.", SECONDS
         )
-        blocks = Gauge("kvmesh_kv_blocks", "KV blocks by state", (*names, "state"), registry=self.registry)
-        capacity = Gauge("kvmesh_kv_blocks_capacity", "KV blocks in the pool", names, registry=self.registry)
-        capacity.labels(**labels).set(info.total_blocks)
-        self._blocks = {s: blocks.labels(**labels, state=s) for s in ("free", "cached", "held")}
-        self._steps = histogram("vllm:iteration_tokens_total", "Tokens computed by one step", STEP_TOKENS)
-        self._generated = counter("vllm:generation_tokens_total", "Tokens sampled here")
-        self._recomputed = counter(
-            "kvmesh_recomputed_tokens_total", "Tokens computed here because blocks did not arrive"
+        self._generated = self._counter("vllm:generation_tokens", "Tokens generated here.")
+        self._prompt = self._counter("vllm:prompt_tokens", "Prompt tokens computed here.")
+        self._queries = self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+        self._hits = self._counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self._sources = self._counters(
+            "vllm:prompt_tokens_by_source", "Prompt tokens by where their KV came from.", "source", SOURCES
         )
-        self._transfer_s = histogram(
-            "kvmesh_kv_transfer_seconds", "From the first fetch message to the last block", TRANSFER_S
+        self._evicted = self._counter("kvmesh_kv_evicted_blocks", "Cached blocks that made room for others.")
+        self._bytes = self._counters(
+            "kvmesh_kv_transfer_bytes", "KV bytes received, by transport.", "transport", TRANSPORTS
         )
-        self._overlap = histogram(
-            "kvmesh_kv_transfer_overlap_ratio",
-            "Share of bytes that arrived before the first token did",
-            RATIO,
+        self._sent = self._counter("kvmesh_kv_sent_bytes", "KV bytes sent to other workers.")
+        self._overlapped = self._counter(
+            "kvmesh_kv_transfer_overlap_bytes", "KV bytes received before the prefill that makes them ended."
         )
-        self._bytes = counter("kvmesh_kv_transfer_bytes_total", "Bytes of KV received from other workers")
-        transfers = Counter(
-            "kvmesh_kv_transfers_total", "Fetches by outcome", (*names, "outcome"), registry=self.registry
+        self._transfers = self._counters("kvmesh_kv_transfers", "Fetches by how they ended.", "outcome", OUTCOMES)
+        self._corrupt = self._counter("kvmesh_kv_corrupt", "Blocks whose digest did not match; each was dropped.")
+        self._dropped = self._counter("kvmesh_kv_dropped", "Frames and blocks that were not accepted: stale, unknown.")
+        self._recomputed = self._counter(
+            "kvmesh_recomputed_tokens", "Tokens computed here because blocks did not arrive."
         )
-        self._transfers = {o: transfers.labels(**labels, outcome=o) for o in OUTCOMES}
-        releases = Counter(
-            "kvmesh_kv_streams_released_total",
-            "Held prefills by what ended them",
-            (*names, "reason"),
+        self._refused = self._counters("kvmesh_refused_requests", "Requests handed back.", "code", REFUSALS)
+        facts = {
+            "block_size": str(info.layout.block_tokens),
+            "num_gpu_blocks": str(info.total_blocks),
+            "cache_dtype": info.layout.dtype,
+            "version": __version__,
+        }
+        config = Gauge(
+            "vllm:cache_config_info",
+            "KV cache configuration; always 1.",
+            (*self._labels, *facts),
             registry=self.registry,
         )
-        self._releases = {r: releases.labels(**labels, reason=r) for r in RELEASES}
-        endpoint = Gauge(
-            "kvmesh_kv_endpoint", "State of the transfer endpoint", (*names, "what"), registry=self.registry
-        )
-        self._endpoint = {w: endpoint.labels(**labels, what=w) for w in ("open_transfers", "held_streams")}
-        corrupt = Counter(
-            "kvmesh_kv_corrupt_total", "Frames whose digest did not fit", names, registry=self.registry
-        )
-        self._corrupt = corrupt.labels(**labels)
-        self._seen_corrupt = 0
-        self._total_blocks = max(1, info.total_blocks)
+        config.labels(**self._labels, **facts).set(1)
 
     def stepped(self, event: Stepped) -> None:
-        self._steps.observe(event.output.num_scheduled_tokens)
+        self._step_tokens.observe(event.output.num_scheduled_tokens)
+        self._step_seconds.observe(event.seconds)
         self._generated.inc(len(event.output.tokens))
+        self._evicted.inc(len(event.output.removed))
 
     def beaten(self, load: Load, transfers: TransferStats) -> None:
+        """The engine's and the endpoint's state, at every beat."""
         self._running.set(load.running)
         self._waiting.set(load.waiting)
         self._fetching.set(load.fetching)
         self._held.set(load.held)
         self._usage.set(load.held_blocks / self._total_blocks)
-        self._blocks["free"].set(load.free_blocks)
-        self._blocks["cached"].set(load.cached_blocks)
-        self._blocks["held"].set(load.held_blocks)
-        self._endpoint["open_transfers"].set(transfers.open_transfers)
-        self._endpoint["held_streams"].set(transfers.held_streams)
-        self._corrupt.inc(transfers.corrupt - self._seen_corrupt)
-        self._seen_corrupt = transfers.corrupt
+        for state, count in zip(BLOCK_STATES, (load.free_blocks, load.cached_blocks, load.held_blocks), strict=True):
+            self._blocks[state].set(count)
+        for what, count in zip(OPEN, (transfers.fetching, transfers.serving, transfers.held_streams), strict=True):
+            self._open[what].set(count)
+        self._transferred(transfers)
 
-    def fetched(self, event: FetchEnded, received: int, before_first: int) -> None:
-        self._transfers[event.outcome if event.outcome in self._transfers else "refused"].inc()
-        self._transfer_s.observe(event.seconds)
-        self._bytes.inc(received)
-        if received:
-            self._overlap.observe(before_first / received)
+    def _transferred(self, now: TransferStats) -> None:
+        before, self._seen = self._seen, now
+        for transport, received in now.bytes_in.items():
+            self._bytes[transport].inc(received - (before.bytes_in.get(transport, 0) if before else 0))
+        self._sent.inc(sum(now.bytes_out.values()) - (sum(before.bytes_out.values()) if before else 0))
+        self._corrupt.inc(now.corrupt - (before.corrupt if before else 0))
+        self._dropped.inc(sum(now.dropped.values()) - (sum(before.dropped.values()) if before else 0))
+
+    def prompt(self, report: PrefillReport) -> None:
+        """Where a request's prompt came from."""
+        shares = (report.computed_tokens, report.cached_tokens, report.fetched_tokens)
+        for source, tokens in zip(SOURCES, shares, strict=True):
+            self._sources[source].inc(tokens)
+        self._prompt.inc(report.computed_tokens)
+        self._queries.inc(sum(shares))
+        self._hits.inc(report.cached_tokens)
+
+    def fetched(self, event: FetchEnded, overlapped: int) -> None:
+        """`overlapped`: bytes that were here before the first token was."""
+        self._transfers[event.outcome if event.outcome in OUTCOMES else "refused"].inc()
+        self._transfer_seconds.observe(event.seconds)
+        self._overlapped.inc(overlapped)
 
     def recomputed(self, tokens: int) -> None:
         self._recomputed.inc(tokens)
 
-    def released(self, reason: str) -> None:
-        self._releases[reason if reason in self._releases else "other"].inc()
+    def refused(self, code: str) -> None:
+        if code in REFUSALS:
+            self._refused[code].inc()
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, tuple(self._labels), registry=self.registry).labels(**self._labels)
+
+    def _counters(self, name: str, text: str, label: str, values: tuple[str, ...]) -> dict[str, Counter]:
+        family = Counter(name, text, (*self._labels, label), registry=self.registry)
+        return {v: family.labels(**self._labels, **{label: v}) for v in values}
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, tuple(self._labels), registry=self.registry).labels(**self._labels)
+
+    def _gauges(self, name: str, text: str, label: str, values: tuple[str, ...]) -> dict[str, Gauge]:
+        family = Gauge(name, text, (*self._labels, label), registry=self.registry)
+        return {v: family.labels(**self._labels, **{label: v}) for v in values}
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        family = Histogram(name, text, tuple(self._labels), registry=self.registry, buckets=buckets)
+        return family.labels(**self._labels)

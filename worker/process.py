@@ -22,10 +22,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import zmq
-
 from engine.engine import Engine
-from kvtransfer.endpoint import KvEndpoint, NeedBlocks, WantedChanged
 from kvtransfer.endpoint import Event as KvEvent
+from kvtransfer.endpoint import KvEndpoint, NeedBlocks, WantedChanged
+
 from mesh.errors import EXIT_WORKER
 from mesh.messages import (
     Abort,
@@ -39,6 +39,7 @@ from mesh.messages import (
     Welcome,
     WorkerInfo,
 )
+from mesh.metrics import Health
 from mesh.residency import Publisher
 from mesh.wire import Envelope
 from worker.links import ProxyLink
@@ -109,6 +110,7 @@ class WorkerProcess:
         self._drain_asked = False
         self._draining_until: float | None = None
         self._exit_code: int | None = None
+        self._last_beat = clock()
         self._poller = zmq.Poller()
         self._poller.register(self._wake, zmq.POLLIN)
         for link in self._links:
@@ -126,6 +128,13 @@ class WorkerProcess:
         for link in self._links:
             if link.registered:
                 link.send(events)
+
+    def health(self) -> Health:
+        """Read by the metrics server's threads: healthy while the step loop beats."""
+        age = self._clock() - self._last_beat
+        healthy = age <= self._station.info.step_bound_s and self._exit_code is None
+        registered = sum(link.registered for link in self._links)
+        return Health(healthy, {"last_step_age_s": round(age, 3), "proxies": registered, "draining": self._drain_asked})
 
     def run(self) -> int:
         self._loop.start()
@@ -148,7 +157,8 @@ class WorkerProcess:
     def _turn(self) -> None:
         """One round: wait, read everything that came, answer, flush."""
         self._watch_kv()
-        ready = {source for source, _ in self._poller.poll(POLL_MS)}
+        due_ms = (self._station.kv.next_deadline() - self._clock()) * 1000
+        ready = {source for source, _ in self._poller.poll(int(max(0.0, min(POLL_MS, due_ms))))}
         if self._wake in ready:
             os.eventfd_read(self._wake)
         now = self._clock()
@@ -224,6 +234,7 @@ class WorkerProcess:
             self._publisher.publish(event.output.stored, event.output.removed)
 
     def _beat(self, event: Beaten) -> None:
+        self._last_beat = self._clock()
         self._station.metrics.beaten(event.load, self._station.kv.stats())
         beat = Beat(event.steps, self._draining_until is not None, event.load)
         for link in self._links:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from kvtransfer.endpoint import Event as KvEvent
+from kvtransfer.endpoint import KvEndpoint
+
 from engine.request import EngineRequest
 from engine.step import TokenOut
-from kvtransfer.endpoint import KvEndpoint
-from kvtransfer.endpoint import Event as KvEvent
 from mesh.messages import Abort, Decode, Prefill, PrefillReport, Refused, TokenBatch, TokenDelta
 from worker.links import ProxyLink
 from worker.metrics import WorkerMetrics

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from engine.engine import CannotFit, Engine
+from engine.engine import Engine
+from engine.errors import CannotFit
+
 from engine.request import EngineRequest
 from engine.step import Missing, StepOutput
 from mesh.messages import Load
@@ -56,6 +58,7 @@ class Rejected:
     """A request that this engine can never serve."""
 
     key: str
+    code: str
     message: str
 
 
@@ -93,7 +96,7 @@ class StepLoop:
         self._engine = engine
         self._emit = emit
         self._clock = clock
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._wanted: dict[str, frozenset[bytes]] = {}
         self._next_beat = 0.0
         self._progressed = True
@@ -188,13 +191,13 @@ class StepLoop:
         try:
             self._engine.add(request)
         except CannotFit as error:
-            self._emit(Rejected(request.key, str(error)))
+            self._emit(Rejected(request.key, error.code, str(error)))
 
     def _expect(self, request: EngineRequest) -> None:
         try:
             missing = self._engine.expect(request)
         except CannotFit as error:
-            self._emit(Rejected(request.key, str(error)))
+            self._emit(Rejected(request.key, error.code, str(error)))
         else:
             self._emit(Expected(request.key, missing))
 

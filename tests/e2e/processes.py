@@ -117,9 +117,7 @@ class Deployment:
                 f"{worker.name} healthy: {self._logs()}",
                 READY_S,
             )
-        expected = {
-            role: sum(w.role == role for w in self.workers.values()) for role in ("prefill", "decode", "both")
-        }
+        expected = {role: sum(w.role == role for w in self.workers.values()) for role in ("prefill", "decode", "both")}
         wait_until(lambda: self._pools() == expected, f"all registered: {self._logs()}", READY_S)
 
     def kill(self, name: str) -> None:
@@ -179,11 +177,12 @@ class Deployment:
 STATES = {
     "running": ("vllm:num_requests_running", {}),
     "waiting": ("vllm:num_requests_waiting", {}),
-    "fetching": ("kvmesh_num_requests_fetching", {}),
-    "held": ("kvmesh_num_requests_held", {}),
+    "fetching": ("kvmesh_kv_fetching_requests", {}),
+    "held": ("kvmesh_kv_held_requests", {}),
     "held blocks": ("kvmesh_kv_blocks", {"state": "held"}),
-    "transfers": ("kvmesh_kv_endpoint", {"what": "open_transfers"}),
-    "streams": ("kvmesh_kv_endpoint", {"what": "held_streams"}),
+    "fetches": ("kvmesh_kv_open", {"what": "fetching"}),
+    "served": ("kvmesh_kv_open", {"what": "serving"}),
+    "streams": ("kvmesh_kv_open", {"what": "streams"}),
 }
 
 
@@ -193,9 +192,7 @@ def _state(worker: Worker) -> dict[str, float]:
 
 def _quiet(worker: Worker) -> bool:
     free, cached = (worker.metric("kvmesh_kv_blocks", state=s) for s in ("free", "cached"))
-    return all(v == 0 for v in _state(worker).values()) and free + cached == worker.metric(
-        "kvmesh_kv_blocks_capacity"
-    )
+    return all(v == 0 for v in _state(worker).values()) and free + cached == worker.metric("kvmesh_kv_blocks_capacity")
 
 
 @contextmanager

@@ -1,0 +1,84 @@
+"""How many KV blocks a device has room for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from engine.model.config import ModelConfig
+from mesh.errors import EXIT_MEMORY, StartupError
+
+MIN_BLOCKS = 2
+"""One to read and one to write: with less, not even two short requests could follow each other's blocks."""
+CPU_POOL_BYTES = 4 << 30
+"""Largest pool that is sized by itself on a CPU: several workers usually share the host, each sees the same free
+memory, and pages are only taken from the system when first written. `--kv-blocks` goes beyond."""
+CPU_POOL_BLOCKS = 1 << 16
+"""Likewise for tiny models, whose blocks are small but cost bookkeeping each: a million tokens at 16 per block."""
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device, utilization: float) -> int:
+    """Bytes that may still be used: of a CPU's free memory the share `utilization`, of a GPU's whole memory that
+    share less what is taken."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(total * utilization) - (total - free)
+    return int(_free_host_bytes() * utilization)
+
+
+def count_blocks(wanted: int, block_bytes: int, free: int, device: torch.device) -> int:
+    """The pool's size in blocks: `wanted`, or (0) what fits into `free` bytes.
+
+    Raises `StartupError` with `EXIT_MEMORY` when `wanted` blocks, or the fewest a pool can work with, do not fit.
+    """
+    fits = max(0, free) // block_bytes
+    if wanted:
+        if wanted > fits:
+            raise _no_memory(f"{wanted} KV blocks need {_mib(wanted * block_bytes)}", free)
+        return wanted
+    if fits < MIN_BLOCKS:
+        raise _no_memory(f"{MIN_BLOCKS} KV blocks need {_mib(MIN_BLOCKS * block_bytes)}", free)
+    if device.type == "cuda":
+        return fits
+    return max(MIN_BLOCKS, min(fits, CPU_POOL_BYTES // block_bytes, CPU_POOL_BLOCKS))
+
+
+def check_weights(num_parameters: int, itemsize: int, free: int) -> None:
+    """Raises `StartupError` with `EXIT_MEMORY` when the weights cannot fit."""
+    needed = num_parameters * itemsize
+    if needed > free:
+        raise _no_memory(f"the weights need {_mib(needed)}", free)
+
+
+def activation_bytes(config: ModelConfig, num_tokens: int, itemsize: int) -> int:
+    """Peak memory of one step over `num_tokens`: a layer's widest tensors, and logits for as many rows as sample."""
+    heads = config.num_heads + 2 * config.num_kv_heads
+    width = 3 * config.intermediate_size + 4 * config.hidden_size + 3 * heads * config.head_dim
+    logits = min(num_tokens, 256) * config.vocab_size * (itemsize + 2 * 4)
+    return num_tokens * width * itemsize + logits
+
+
+def _no_memory(what: str, free: int) -> StartupError:
+    return StartupError(f"{what}, but only {_mib(max(0, free))} of memory are free for it", EXIT_MEMORY)
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):,.1f} MiB"
+
+
+def _free_host_bytes() -> int:
+    """What the system could give without swapping, within the container's limit."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) << 10
+        limit = (CGROUP / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((CGROUP / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return max(0, free)

@@ -1,0 +1,86 @@
+"""The parts of a decoder layer. Shapes are `[tokens, dim]`: a step's tokens stand one after another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.model.config import ModelConfig
+from kernels.attention import AttentionMetadata
+from kernels.dispatch import Operators
+from kernels.linear import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What every layer of one forward pass needs besides the hidden states."""
+
+    pool: Tensor
+    """`[blocks, layers, 2, kv_heads, block_tokens, head_dim]`."""
+    metadata: AttentionMetadata
+    cos: Tensor
+    sin: Tensor
+    """`[tokens, 1, head_dim]` both; see `RotaryEmbedding`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNorm:
+    weight: Tensor
+    eps: float
+    ops: Operators
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Grouped-query attention with one fused projection: the query heads, then the key heads, then the value heads."""
+
+    layer: int
+    config: ModelConfig
+    qkv: Linear
+    output: Linear
+    qk_norm: RmsNorm | None
+    """Over each query and key head; the weight is `[heads + kv_heads, head_dim]`."""
+    ops: Operators
+
+    def __call__(self, x: Tensor, residual: Tensor, step: Step) -> Tensor:
+        config = self.config
+        rotated = config.num_heads + config.num_kv_heads
+        heads = self.qkv(x).view(len(x), -1, config.head_dim)
+        queries_keys, values = heads[:, :rotated], heads[:, rotated:]
+        if self.qk_norm is not None:
+            queries_keys = self.qk_norm(queries_keys)
+        queries_keys = self.ops.apply_rotary(queries_keys, step.cos, step.sin)
+        queries, keys = queries_keys[:, : config.num_heads], queries_keys[:, config.num_heads :]
+        self.ops.write_kv(step.pool, self.layer, torch.cat((keys, values), 1), step.metadata)
+        window = config.windows[self.layer]
+        mixed = self.ops.paged_attention(queries, step.pool, self.layer, step.metadata, window)
+        return self.output(mixed.view(len(x), -1), residual)
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForward:
+    """SwiGLU with one fused projection: gate, then up."""
+
+    gate_up: Linear
+    down: Linear
+    ops: Operators
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.down(self.ops.silu_and_mul(self.gate_up(x)), residual)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    attention_norm: RmsNorm
+    attention: Attention
+    feed_forward_norm: RmsNorm
+    feed_forward: FeedForward
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        x = self.attention(self.attention_norm(x), x, step)
+        return self.feed_forward(self.feed_forward_norm(x), x)

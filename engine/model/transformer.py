@@ -1,0 +1,111 @@
+"""The decoder of the Llama family: Llama 2 and 3, Mistral, Qwen2 and Qwen3 differ only in `ModelConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.model.config import ModelConfig
+from engine.model.layers import Attention, DecoderLayer, FeedForward, RmsNorm, Step
+from engine.model.rope import RotaryEmbedding
+from engine.model.weights import Checkpoint
+from kernels.attention import AttentionMetadata
+from kernels.dispatch import Operators, operators
+from kernels.linear import Linear
+
+
+class Decoder:
+    """Token ids in, logits out; keys and values go to the pages that the metadata names."""
+
+    def __init__(
+        self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Reads the weights. Raises `StartupError` when one is missing or has another shape."""
+        build = _Builder(config, checkpoint, device, dtype, operators(device))
+        self.dtype = dtype
+        self.embedding = build.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self.layers = [build.layer(i) for i in range(config.num_layers)]
+        self.norm = build.norm("model.norm.weight")
+        self.head = build.head(self.embedding)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim, device)
+
+    def forward(self, tokens: Tensor, pool: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """`[tokens]` int64 to hidden states `[tokens, hidden]`, before the last norm."""
+        cos, sin = self.rotary(metadata.positions, self.dtype)
+        step = Step(pool, metadata, cos, sin)
+        x = functional.embedding(tokens, self.embedding)
+        for layer in self.layers:
+            x = layer(x, step)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[n, hidden]` from `forward` to `[n, vocab]` float32."""
+        return self.head(self.norm(hidden)).to(torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    """Makes layers of a checkpoint's tensors."""
+
+    config: ModelConfig
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    ops: Operators
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        """A copy, so that nothing refers to the mapped file once loading is done."""
+        return self.checkpoint.load(name, *shape).to(self.device, self.dtype, copy=True)
+
+    def norm(self, name: str) -> RmsNorm:
+        return RmsNorm(self.tensor(name, self.config.hidden_size), self.config.norm_eps, self.ops)
+
+    def linear(self, prefix: str, outputs: dict[str, int], inputs: int, bias: bool) -> Linear:
+        """One layer that holds the projections `outputs` (name to width) one after another."""
+        weights = [self.tensor(f"{prefix}{name}.weight", width, inputs) for name, width in outputs.items()]
+        biases = [self.tensor(f"{prefix}{name}.bias", width) for name, width in outputs.items() if bias]
+        return self.ops.make_linear(torch.cat(weights), torch.cat(biases) if bias else None)
+
+    def head(self, embedding: Tensor) -> Linear:
+        if self.config.tie_word_embeddings:
+            return self.ops.make_linear(embedding, None)
+        return self.linear("", {"lm_head": self.config.vocab_size}, self.config.hidden_size, False)
+
+    def layer(self, index: int) -> DecoderLayer:
+        prefix = f"model.layers.{index}"
+        return DecoderLayer(
+            attention_norm=self.norm(f"{prefix}.input_layernorm.weight"),
+            attention=self.attention(f"{prefix}.self_attn.", index),
+            feed_forward_norm=self.norm(f"{prefix}.post_attention_layernorm.weight"),
+            feed_forward=self.feed_forward(f"{prefix}.mlp."),
+        )
+
+    def attention(self, prefix: str, index: int) -> Attention:
+        config = self.config
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        widths = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        return Attention(
+            layer=index,
+            config=config,
+            qkv=self.linear(prefix, widths, config.hidden_size, config.qkv_bias),
+            output=self.linear(prefix, {"o_proj": config.hidden_size}, queries, config.output_bias),
+            qk_norm=self.qk_norm(prefix) if config.qk_norm else None,
+            ops=self.ops,
+        )
+
+    def qk_norm(self, prefix: str) -> RmsNorm:
+        config = self.config
+        query = self.tensor(f"{prefix}q_norm.weight", config.head_dim).expand(config.num_heads, -1)
+        key = self.tensor(f"{prefix}k_norm.weight", config.head_dim).expand(config.num_kv_heads, -1)
+        return RmsNorm(torch.cat((query, key)), config.norm_eps, self.ops)
+
+    def feed_forward(self, prefix: str) -> FeedForward:
+        hidden, inner, bias = self.config.hidden_size, self.config.intermediate_size, self.config.mlp_bias
+        return FeedForward(
+            gate_up=self.linear(prefix, {"gate_proj": inner, "up_proj": inner}, hidden, bias),
+            down=self.linear(prefix, {"down_proj": hidden}, inner, bias),
+            ops=self.ops,
+        )

@@ -1,0 +1,261 @@
+"""From logits to tokens, for many requests at once.
+
+    logits ─ penalties ─ logit_bias ─ min_tokens ─┬─ log-probabilities
+                                                  └─ temperature ─ top_k ─ top_p ─ min_p ─ draw
+
+A row's result depends on its logits, its params and its tokens only, never on the rows beside it: the random number is
+a pure function of (seed, choice, position), sums run over token ids in order, and ties are settled by token id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.request import EngineRequest
+from engine.step import Sampled
+from mesh.messages import TokenLogprob
+
+DRAW_ELEMENTS = 1 << 23
+"""Elements of the float64 work space of one draw (64 MiB); more rows are drawn in turns."""
+TOP_P_CANDIDATES = 1024
+"""Tried before a full sort: nearly every nucleus is smaller."""
+MASK = (1 << 64) - 1
+
+
+def sample(logits: Tensor, requests: Sequence[EngineRequest]) -> list[Sampled]:
+    """The next token of each row. `logits`: `[rows, vocab]` float32, not changed; one request per row, whose `tokens`
+    end before the token to be sampled."""
+    if logits.shape[0] != len(requests):
+        raise ValueError(f"{logits.shape[0]} rows of logits for {len(requests)} requests")
+    if not requests:
+        return []
+    logits = _adjusted(logits, requests)
+    tokens = _draw(logits, requests)
+    logprobs = _logprobs(logits, requests, tokens)
+    return [Sampled(token, logprob) for token, logprob in zip(tokens.tolist(), logprobs, strict=True)]
+
+
+def prompt_logprobs(logits: Tensor, next_tokens: Sequence[int], top: int) -> tuple[TokenLogprob, ...]:
+    """Log-probability of each position's next token and the `top` most likely ones. `logits`: `[n, vocab]` float32."""
+    if not next_tokens:
+        return ()
+    tokens = torch.tensor(next_tokens, dtype=torch.int64, device=logits.device)
+    return tuple(_top_logprobs(logits, tokens, [top] * len(next_tokens)))
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """The random number in [0, 1) for the token at absolute `position`: 53 bits, the same on every machine."""
+    x = _splitmix64(seed)
+    x = _splitmix64(x ^ choice)
+    x = _splitmix64(x ^ position)
+    return float(x >> 11) * 2.0**-53
+
+
+def _splitmix64(x: int) -> int:
+    """Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def _adjusted(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
+    """Logits after penalties, bias and suppression; the same tensor where no row asks for any."""
+    repeated, counted, biased = [], [], []
+    for row, request in enumerate(requests):
+        params = request.params
+        if params.repetition_penalty != 1.0:
+            repeated.append(row)
+        if params.presence_penalty or params.frequency_penalty:
+            counted.append(row)
+        if params.logit_bias or request.num_output_tokens < params.min_tokens:
+            biased.append(row)
+    if not repeated and not counted and not biased:
+        return logits
+    logits = logits.clone(memory_format=torch.contiguous_format)
+    if repeated:
+        _repetition(logits, repeated, requests)
+    if counted:
+        _presence_and_frequency(logits, counted, requests)
+    if biased:
+        _bias(logits, biased, requests)
+    return logits
+
+
+def _repetition(logits: Tensor, rows: Sequence[int], requests: Sequence[EngineRequest]) -> None:
+    """Divides positive and multiplies negative logits of every token seen (Keskar et al. 2019, as transformers)."""
+    flat = logits.view(-1)
+    places = _tensor_of(np.unique(_places(rows, [requests[row].tokens for row in rows], logits)), logits)
+    penalty = _per_row(rows, [requests[row].params.repetition_penalty for row in rows], places, logits)
+    seen = flat[places]
+    flat[places] = torch.where(seen > 0, seen / penalty, seen * penalty)
+
+
+def _presence_and_frequency(logits: Tensor, rows: Sequence[int], requests: Sequence[EngineRequest]) -> None:
+    """Subtracts `presence` once and `frequency` per occurrence in the output, as OpenAI defines them."""
+    outputs = [requests[row].tokens[requests[row].num_prompt_tokens :] for row in rows]
+    unique, occurrences = np.unique(_places(rows, outputs, logits), return_counts=True)
+    places, counts = _tensor_of(unique, logits), _tensor_of(occurrences, logits)
+    presence = _per_row(rows, [requests[row].params.presence_penalty for row in rows], places, logits)
+    frequency = _per_row(rows, [requests[row].params.frequency_penalty for row in rows], places, logits)
+    logits.view(-1)[places] -= counts * frequency + presence
+
+
+def _bias(logits: Tensor, rows: Sequence[int], requests: Sequence[EngineRequest]) -> None:
+    vocab = logits.shape[1]
+    at: list[tuple[int, int, float]] = []
+    suppressed: list[tuple[int, int]] = []
+    for row in rows:
+        request = requests[row]
+        at += [(row, token, bias) for token, bias in request.params.logit_bias if 0 <= token < vocab]
+        if request.num_output_tokens < request.params.min_tokens:
+            suppressed += [(row, token) for token in request.params.stop_token_ids if 0 <= token < vocab]
+    if at:
+        row_ids, tokens, values = zip(*at, strict=True)
+        logits.index_put_(_positions(row_ids, tokens, logits), _tensor(values, logits), accumulate=True)
+    if suppressed:
+        row_ids, tokens = zip(*suppressed, strict=True)
+        logits.index_put_(_positions(row_ids, tokens, logits), _tensor([float("-inf")], logits))
+
+
+def _places(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Tensor) -> npt.NDArray[np.int64]:
+    """Where each row's tokens lie in the flattened logits, repeats included."""
+    vocab = logits.shape[1]
+    ids = [np.array(row_tokens, np.int64) for row_tokens in tokens]
+    return np.concatenate([part[part < vocab] + row * vocab for row, part in zip(rows, ids, strict=True)])
+
+
+def _per_row(rows: Sequence[int], values: Sequence[float], places: Tensor, logits: Tensor) -> Tensor:
+    """The value of the row that each place lies in."""
+    by_row = torch.zeros(logits.shape[0], dtype=logits.dtype)
+    by_row[torch.tensor(rows)] = torch.tensor(values, dtype=logits.dtype)
+    return by_row.to(logits.device)[places // logits.shape[1]]
+
+
+def _draw(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
+    """Token ids `[rows]`: the most likely one where the temperature is 0, else one drawn."""
+    random_rows = [row for row, request in enumerate(requests) if request.params.temperature > 0]
+    if not random_rows:
+        return logits.argmax(dim=1)
+    greedy = len(random_rows) < len(requests)
+    tokens = (
+        logits.argmax(dim=1)
+        if greedy
+        else torch.empty(len(requests), dtype=torch.int64, device=logits.device)
+    )
+    turn = max(1, DRAW_ELEMENTS // logits.shape[1])
+    for start in range(0, len(random_rows), turn):
+        rows = random_rows[start : start + turn]
+        index = torch.tensor(rows, device=logits.device)
+        tokens[index] = _draw_rows(logits[index], [requests[row] for row in rows])
+    return tokens
+
+
+def _draw_rows(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
+    """By the inverse of the cumulative distribution over the kept tokens in token-id order, in float64."""
+    params = [request.params for request in requests]
+    scaled = logits.double()
+    scaled = scaled - scaled.amax(
+        dim=1, keepdim=True
+    )  # before the division: a tiny temperature must not overflow
+    scaled = scaled / _column([p.temperature for p in params], scaled)
+    if any(0 < p.top_k < logits.shape[1] for p in params):
+        scaled = _keep_top_k(scaled, [p.top_k for p in params])
+    weights = scaled.exp()
+    if any(p.top_p < 1.0 for p in params):
+        weights = _keep_top_p(weights, [p.top_p for p in params])
+    if any(p.min_p > 0.0 for p in params):
+        # the largest weight is exp(0) = 1, so a weight is its probability relative to the most likely token's
+        weights = weights * (weights >= _column([min(p.min_p, 1.0) for p in params], weights))
+    cumulative = weights.cumsum(dim=1)
+    total = cumulative[:, -1:].contiguous()
+    drawn = _column([uniform(r.params.seed, r.params.choice, r.num_tokens) for r in requests], weights)
+    token = torch.searchsorted(cumulative, drawn * total, right=True)
+    last_kept = torch.searchsorted(cumulative, total)  # rounding may push `drawn * total` up to `total`
+    # not-a-number logits would end behind the vocabulary
+    return torch.minimum(token, last_kept).clamp_(max=weights.shape[1] - 1).squeeze(1)
+
+
+def _keep_top_k(scaled: Tensor, top_k: Sequence[int]) -> Tensor:
+    """Keeps the k largest of each row and whatever equals the smallest of them; 0 keeps all."""
+    vocab = scaled.shape[1]
+    active = [k if 0 < k < vocab else 0 for k in top_k]
+    largest = scaled.topk(max(active), dim=1).values
+    index = torch.tensor([max(k, 1) - 1 for k in active], device=scaled.device)[:, None]
+    off = torch.tensor([k == 0 for k in active], device=scaled.device)[:, None]
+    return scaled.masked_fill((scaled < largest.gather(1, index)) & ~off, float("-inf"))
+
+
+def _keep_top_p(weights: Tensor, top_p: Sequence[float]) -> Tensor:
+    """Keeps the shortest run of most likely tokens whose probability reaches p, at least one; of equally likely tokens
+    at its end those with the smaller ids."""
+    wanted = [p if p < 1.0 else 0.0 for p in top_p]
+    mass = weights.cumsum(dim=1)[:, -1:] * _column(wanted, weights)
+    ranked, before = _ranked(weights, mass)
+    num_kept = (before < mass).sum(dim=1, keepdim=True).clamp_(min=1)
+    last = ranked.gather(1, num_kept - 1)
+    num_equal = num_kept - (ranked > last).sum(dim=1, keepdim=True)
+    equal = weights == last
+    keep = (weights > last) | (equal & (equal.cumsum(dim=1) <= num_equal))
+    keep |= _tensor([p >= 1.0 for p in top_p], weights).bool()[:, None]
+    return weights * keep
+
+
+def _ranked(weights: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest weights of each row in falling order, enough to reach `mass`, and the sum before each."""
+    vocab = weights.shape[1]
+    on_cpu = weights.device.type == "cpu"  # elsewhere looking at the values would wait for the device
+    for count in (min(TOP_P_CANDIDATES, vocab),) if on_cpu else ():
+        ranked = weights.topk(count, dim=1).values
+        total = ranked.cumsum(dim=1)
+        if count == vocab or bool((total[:, -1:] >= mass).all()):
+            return ranked, total - ranked
+    ranked = weights.sort(dim=1, descending=True).values
+    return ranked, ranked.cumsum(dim=1) - ranked
+
+
+def _logprobs(logits: Tensor, requests: Sequence[EngineRequest], tokens: Tensor) -> list[TokenLogprob | None]:
+    found: list[TokenLogprob | None] = [None] * len(requests)
+    wanted = [(row, r.params.logprobs) for row, r in enumerate(requests) if r.params.logprobs is not None]
+    if wanted:
+        rows = [row for row, _ in wanted]
+        index = torch.tensor(rows, device=logits.device)
+        chosen = _top_logprobs(logits[index], tokens[index], [top for _, top in wanted])
+        for row, logprob in zip(rows, chosen, strict=True):
+            found[row] = logprob
+    return found
+
+
+def _top_logprobs(logits: Tensor, tokens: Tensor, tops: Sequence[int]) -> list[TokenLogprob]:
+    """`logits`: `[n, vocab]`, `tokens`: `[n]`, one number of alternatives per row. A token that cannot be drawn at
+    all is no alternative."""
+    logprobs = torch.log_softmax(logits.float(), dim=1)
+    own = logprobs.gather(1, tokens[:, None]).squeeze(1).tolist()
+    best = logprobs.topk(min(max(tops), logits.shape[1]), dim=1)
+    rows = zip(tokens.tolist(), own, best.indices.tolist(), best.values.tolist(), tops, strict=True)
+    result = []
+    for token, logprob, ids, values, top in rows:
+        kept = [(i, v) for i, v in zip(ids[:top], values[:top], strict=True) if v > float("-inf")]
+        result.append(TokenLogprob(token, logprob, tuple(i for i, _ in kept), tuple(v for _, v in kept)))
+    return result
+
+
+def _positions(rows: Sequence[int], tokens: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.tensor(rows, device=like.device), torch.tensor(tokens, device=like.device)
+
+
+def _tensor_of(values: npt.NDArray[np.int64], like: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(like.device)
+
+
+def _tensor(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return _tensor(values, like)[:, None]

@@ -1,0 +1,136 @@
+"""Attention over the paged KV pool, for any mixture of prompt chunks and decoded tokens in one step.
+
+The pool is `[blocks, layers, 2, kv_heads, block_tokens, head_dim]` (2: keys, values). A step's tokens stand one after
+another, row by row (a row is one request's share of the step), in `[tokens, ...]` tensors; `AttentionMetadata` says
+which positions they have and where their keys and values lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedBatch:
+    """Consecutive tokens of a step whose attention is one call; `kernels.ragged` builds them."""
+
+    start: int
+    stop: int
+    """The step's tokens `[start, stop)`."""
+    rows: int
+    queries: int
+    """Per row, padding included."""
+    keys: slice
+    """Which of the gathered keys are used: all of several rows', exactly the visible ones of a single row."""
+    pages: Tensor
+    """`[2 * rows * kv_heads * blocks]` int64: rows of the pool seen as `[-1, block_tokens * head_dim]`, for layer 0."""
+    mask: Tensor | None
+    """Added to the scores: `[rows, 1, queries, keys]`, `[queries, keys]` for a single row, None for a single query."""
+    spread: Tensor | None
+    """`[rows * queries]` int64: which of the batch's tokens stands there; None when nothing is padded."""
+    collect: Tensor | None
+    """`[stop - start]` int64: the inverse of `spread`."""
+
+
+class Workspace:
+    """Memory that outlives a step: gathering into fresh pages of the operating system is several times slower."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._pages = torch.empty(0, dtype=dtype, device=device)
+        self._masks: dict[int, Tensor] = {}
+
+    def pages(self, rows: int, width: int) -> Tensor:
+        """Uninitialised `[rows, width]`; valid until the next call."""
+        if self._pages.numel() < rows * width:
+            self._pages = self._pages.new_empty(rows * width)
+        return self._pages[: rows * width].view(rows, width)
+
+    def tile_mask(self, queries: int, keys: int, window: int, tile: int) -> Tensor:
+        """`[queries, keys]` for the last `queries` of `keys` positions: causal, and within `window` unless that is 0.
+
+        A view of one mask anchored at its lower right corner, which is the same for every tile of up to `tile` queries.
+        """
+        mask = self._masks.get(window)
+        if mask is None or mask.shape[1] < keys:
+            width = 1 << (keys - 1).bit_length()
+            query = torch.arange(-tile, 0, device=self._pages.device)[:, None]
+            key = torch.arange(-width, 0, device=self._pages.device)[None]
+            hidden = key > query
+            if window:
+                hidden |= key <= query - window
+            mask = torch.zeros(hidden.shape, dtype=self._pages.dtype, device=hidden.device)
+            self._masks[window] = mask.masked_fill_(hidden, float("-inf"))
+            mask = self._masks[window]
+        return mask[tile - queries :, mask.shape[1] - keys :]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Where a step's tokens stand; built once per step, the same for all layers."""
+
+    positions: Tensor
+    """`[tokens]` int64, within each token's own request."""
+    slots: Tensor
+    """`[tokens * 2 * kv_heads]` int64: rows of the pool seen as `[-1, head_dim]`, for layer 0."""
+    batches: Mapping[int, tuple[PaddedBatch, ...]]
+    """By window (0: none), covering all tokens in order."""
+    workspace: Workspace
+
+
+def write_kv(pool: Tensor, layer: int, kv: Tensor, metadata: AttentionMetadata) -> None:
+    """Stores a step's keys and values, `[tokens, 2 * kv_heads, head_dim]`, keys first, into their pages.
+
+    What is not finite is stored as zero: masked positions are multiplied with zero, and zero times a NaN that one
+    request left in a page would be a NaN in the next request that uses the page.
+    """
+    _, _, _, kv_heads, block_tokens, head_dim = pool.shape
+    index = metadata.slots + layer * 2 * kv_heads * block_tokens
+    finite = torch.nan_to_num(kv, nan=0.0, posinf=0.0, neginf=0.0).view(-1, head_dim)
+    # Moving 4-byte words is up to twice as fast as moving 2-byte ones.
+    pool.view(-1, head_dim).view(torch.int32).index_copy_(0, index, finite.view(torch.int32))
+
+
+def paged_attention(q: Tensor, pool: Tensor, layer: int, metadata: AttentionMetadata, window: int) -> Tensor:
+    """Causal attention of `q` `[tokens, heads, head_dim]` over each row's pages, to the same shape.
+
+    A query sees the `window` positions up to and including its own; 0 means all. Query head `h` uses key-value head
+    `h // (heads // kv_heads)`. Scores are scaled by `head_dim ** -0.5`.
+    """
+    out = torch.empty_like(q)
+    for batch in metadata.batches[window]:
+        out[batch.start : batch.stop] = _attend(q[batch.start : batch.stop], pool, layer, batch, metadata.workspace)
+    return out
+
+
+def _attend(q: Tensor, pool: Tensor, layer: int, batch: PaddedBatch, workspace: Workspace) -> Tensor:
+    """One padded batch: `q` `[its tokens, heads, head_dim]` to the same shape."""
+    heads, dim = q.shape[1:]
+    keys, values = _gather(pool, layer, batch, workspace)
+    if batch.spread is not None:
+        q = q.index_select(0, batch.spread)
+    if batch.queries == 1:
+        # The query heads of one key-value head become the rows of one product: the keys are read once for all.
+        packed = q.reshape(batch.rows, keys.shape[1], -1, dim)
+        out = functional.scaled_dot_product_attention(packed, keys, values, attn_mask=batch.mask)
+    else:
+        q = q.view(batch.rows, batch.queries, heads, dim).transpose(1, 2)
+        grouped = heads != keys.shape[1]
+        out = functional.scaled_dot_product_attention(
+            q, keys, values, attn_mask=batch.mask, enable_gqa=grouped
+        ).transpose(1, 2)
+    out = out.reshape(-1, heads, dim)
+    return out if batch.collect is None else out.index_select(0, batch.collect)
+
+
+def _gather(pool: Tensor, layer: int, batch: PaddedBatch, workspace: Workspace) -> tuple[Tensor, Tensor]:
+    """The batch's keys and values, each `[rows, kv_heads, keys, head_dim]`."""
+    _, _, _, kv_heads, block_tokens, dim = pool.shape
+    gathered = workspace.pages(batch.pages.numel(), block_tokens * dim)
+    torch.index_select(pool.view(-1, block_tokens * dim), 0, batch.pages + layer * 2 * kv_heads, out=gathered)
+    keys, values = gathered.view(2, batch.rows, kv_heads, -1, dim)[..., batch.keys, :].unbind()
+    return keys, values

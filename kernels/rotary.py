@@ -1,0 +1,16 @@
+"""Rotary position embedding applied to queries and keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs `(i, i + head_dim / 2)` of every head (RoFormer, arXiv 2104.09864, in Llama's half layout).
+
+    `x` is `[tokens, heads, head_dim]`; `cos` and `sin` are `[tokens, 1, head_dim]`, `sin` with its first half negated.
+    """
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    return (x * cos).addcmul_(swapped, sin)

@@ -1,0 +1,207 @@
+"""A worker's door for KV blocks: fetches blocks from other workers and serves its own to them.
+
+Belongs to the worker's I/O thread. Nothing here waits: the caller polls `sockets()` for reading (level-triggered, as
+`zmq.Poller` does), passes each ready one to `receive`, and calls `tick` in every round; both return events. What a
+call other than these two brings about is returned by the next of them, which `next_deadline` then makes due at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kvtransfer import holding_state as hs
+from kvtransfer.events import (
+    BlockArrived,
+    Counters,
+    Event,
+    FetchEnded,
+    NeedBlocks,
+    Noted,
+    StreamReleased,
+    TransferStats,
+    WantedChanged,
+)
+from kvtransfer.fetcher import Fetcher
+from kvtransfer.holder import Holder
+from kvtransfer.protocol import MAX_NOTE_BYTES, NAME_BYTES, TRANSFER_ID_BYTES, Wanted
+from kvtransfer.sockets import Context, Socket
+from kvtransfer.transports.base import Payload, Transport
+from kvtransfer.transports.choice import open_transports
+from kvtransfer.transports.local import Exchange
+from mesh.layout import KvLayout
+from mesh.messages import Peer
+
+__all__ = [
+    "BlockArrived",
+    "Event",
+    "FetchEnded",
+    "KvEndpoint",
+    "NeedBlocks",
+    "Noted",
+    "StreamReleased",
+    "TransferStats",
+    "Wanted",
+    "WantedChanged",
+]
+
+
+def _unchanged(transport: Transport) -> Transport:
+    return transport
+
+
+class KvEndpoint:
+    """See the module. Raises `StartupError` when it cannot listen on `bind` or a transport's name is unknown."""
+
+    def __init__(
+        self,
+        *,
+        context: Context,
+        bind: str,
+        worker_id: str,
+        incarnation: int,
+        host: str,
+        layout: KvLayout,
+        transports: tuple[str, ...],
+        clock: Callable[[], float],
+        exchange: Exchange | None = None,
+        wrap: Callable[[Transport], Transport] = _unchanged,
+    ) -> None:
+        """`exchange`: shared by endpoints of one process that use `local`. `wrap`: puts faults around a transport."""
+        self.worker_id = worker_id
+        self.layout = layout
+        self._clock = clock
+        self._events: list[Event] = []
+        self._counters = Counters()
+        opened = open_transports(transports, host=host, block_bytes=layout.block_bytes, exchange=exchange)
+        self._transports = {name: wrap(transport) for name, transport in opened.items()}
+        emit = self._events.append
+        parts = (incarnation, layout, self._transports, self._counters, clock, emit)
+        try:
+            self._holder = Holder(context, bind, *parts)
+        except BaseException:
+            self._close_transports()
+            raise
+        self._fetcher = Fetcher(context, *parts)
+        self.address = self._holder.address
+        self.peer = Peer(worker_id, incarnation, self.address, host)
+        """How other workers name this endpoint."""
+
+    def fetch(
+        self,
+        transfer_id: bytes,
+        attempt: int,
+        peer: Peer,
+        stream: str,
+        wanted: Sequence[Wanted],
+        deadline_s: float,
+    ) -> None:
+        """Asks `peer` for blocks; ends with `FetchEnded`, after `deadline_s` seconds at the latest.
+
+        With a `stream`, the transfer lasts until the peer closes it and hears its notes (so `wanted` may be empty).
+        With an empty `stream`, it brings what the peer holds now. `transfer_id` is 16 random bytes, used once.
+        """
+        if len(transfer_id) != TRANSFER_ID_BYTES or any(len(w.name) != NAME_BYTES for w in wanted):
+            raise ValueError(f"a transfer id has {TRANSFER_ID_BYTES} bytes and a block's name {NAME_BYTES}")
+        self._fetcher.fetch(transfer_id, attempt, peer, stream, wanted, deadline_s)
+
+    def abort_fetch(self, transfer_id: bytes) -> None:
+        """Ends a transfer in whatever state; one that is not known has ended already."""
+        self._fetcher.abort(transfer_id)
+
+    def open_stream(self, stream: str) -> None:
+        """From now on fetches of `stream` are served as its blocks are produced, and earlier ones begin."""
+        self._holder.apply(hs.OpenStream(stream))
+
+    def note(self, stream: str, payload: bytes) -> None:
+        """Sends `payload` to every fetcher of `stream`, those that come later included."""
+        if len(payload) > MAX_NOTE_BYTES:
+            raise ValueError(f"a note has at most {MAX_NOTE_BYTES} bytes")
+        self._holder.apply(hs.GiveNote(stream, payload))
+
+    def produced(self, stream: str, name: bytes, payload: Payload) -> None:
+        """A block of `stream` is complete; `payload`'s `layout.block_bytes` bytes must not change afterwards."""
+        self._check(payload)
+        self._holder.apply(hs.Produced(stream, name, payload))
+
+    def close_stream(self, stream: str, failed: bool = False) -> None:
+        """Nothing more is produced. What is held stays fetchable by `NeedBlocks` until the stream is released.
+
+        `failed` changes nothing for the fetchers: what they still lack is missing, and they compute it.
+        """
+        self._holder.apply(hs.CloseStream(stream))
+
+    def release_stream(self, stream: str) -> None:
+        """The worker gives the stream up by itself; no `StreamReleased` follows."""
+        self._holder.apply(hs.ReleaseStream(stream))
+
+    def provide(self, name: bytes, payload: Payload | None) -> None:
+        """Answers `NeedBlocks` for one name; None: not held."""
+        if payload is not None:
+            self._check(payload)
+        self._holder.apply(hs.Provided(name, payload))
+
+    def wants(self, stream: str) -> frozenset[bytes]:
+        """Names of blocks that the fetchers of `stream` still wait for."""
+        return self._holder.state.wants(stream)
+
+    def sockets(self) -> list[Socket]:
+        """To be polled for reading; changes as connections come and go."""
+        return [self._holder.router, self._holder.monitor, *self._fetcher.sockets]
+
+    def receive(self, socket: Socket) -> list[Event]:
+        """Reads what came on `socket`, a bounded number of messages; whatever it is, nothing is raised."""
+        if socket is self._holder.router:
+            self._holder.receive()
+        elif socket is self._holder.monitor:
+            self._holder.receive_monitor()
+        else:
+            self._fetcher.receive(socket)
+        return self._drain()
+
+    def tick(self) -> list[Event]:
+        """Does what is due: deadlines, leases, blocks that waited to leave together."""
+        self._fetcher.tick()
+        self._holder.tick()
+        return self._drain()
+
+    def next_deadline(self) -> float:
+        """When `tick` has something to do at the latest, by the endpoint's clock; infinity: never."""
+        if self._events:
+            return self._clock()
+        return min(self._fetcher.next_deadline(), self._holder.next_deadline())
+
+    def stats(self) -> TransferStats:
+        c = self._counters
+        return TransferStats(
+            fetching=self._fetcher.num_transfers,
+            serving=len(self._holder.state.servings),
+            held_streams=len(self._holder.state.streams),
+            links=self._fetcher.num_links,
+            slots=self._holder.num_slots,
+            bytes_in=dict(c.bytes_in),
+            bytes_out=dict(c.bytes_out),
+            blocks_in=c.blocks_in,
+            blocks_out=c.blocks_out,
+            corrupt=c.corrupt,
+            dropped=dict(c.dropped),
+            ended=dict(c.ended),
+        )
+
+    def close(self) -> None:
+        """Closes every socket and segment; the peers find out at once."""
+        self._fetcher.close()
+        self._holder.close()
+        self._close_transports()
+
+    def _close_transports(self) -> None:
+        for transport in self._transports.values():
+            transport.close()
+
+    def _drain(self) -> list[Event]:
+        events = self._events[:]
+        self._events.clear()
+        return events
+
+    def _check(self, payload: Payload) -> None:
+        if len(payload) != self.layout.block_bytes:
+            raise ValueError(f"a block has {self.layout.block_bytes} bytes, not {len(payload)}")

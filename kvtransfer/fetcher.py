@@ -1,0 +1,307 @@
+"""The I/O of the fetching side: one DEALER per holder around `fetching.step`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import zmq
+
+from kvtransfer import fetching
+from kvtransfer import fetching_state as fs
+from kvtransfer.events import BlockArrived, Counters, Event, FetchEnded, Noted
+from kvtransfer.integrity import is_intact
+from kvtransfer.messages import BlockHeader, Blocks, Offer, SlotsReturned
+from kvtransfer.protocol import MAX_CONTROL_BYTES, Wanted, window_blocks
+from kvtransfer.sockets import (
+    FAILED_CONNECTS,
+    LOST,
+    RETRIED,
+    Context,
+    Socket,
+    close_monitored,
+    monitor_of,
+    open_dealer,
+    read_monitor,
+    send,
+)
+from kvtransfer.transports.base import Payload, Transport, TransportFault
+from kvtransfer.transports.choice import offers
+from kvtransfer.transports.inline import NAME as INLINE
+from mesh.errors import BadFrame
+from mesh.layout import KvLayout
+from mesh.messages import Peer
+from mesh.wire import Envelope, decode, encode
+
+RECEIVE_BUDGET = 64
+"""Messages read from a connection at once: up to 64 MiB, some ten milliseconds."""
+LINK_IDLE_S = 30.0
+"""A connection without transfers is closed; the next fetch opens another in about a millisecond."""
+
+LinkKey = tuple[str, int]
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """The connection to one incarnation of one holder."""
+
+    key: LinkKey
+    dealer: Socket
+    monitor: Socket
+    state: fs.Fetching
+    idle_since: float
+    failed_connects: int = 0
+    segments: dict[str, str] = field(default_factory=dict)
+    """Segments of this holder that were read, and by which transport."""
+    returned: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """Slots to give back, by transport."""
+
+
+class Fetcher:
+    """Used by one thread; events go to `emit`."""
+
+    def __init__(
+        self,
+        context: Context,
+        incarnation: int,
+        layout: KvLayout,
+        transports: dict[str, Transport],
+        counters: Counters,
+        clock: Callable[[], float],
+        emit: Callable[[Event], None],
+    ) -> None:
+        self._context = context
+        self._me = incarnation
+        self._layout = layout
+        self._transports = transports
+        self._counters = counters
+        self._clock = clock
+        self._emit = emit
+        self._links: dict[LinkKey, Link] = {}
+        self._by_socket: dict[Socket, Link] = {}
+        self._by_transfer: dict[bytes, Link] = {}
+
+    @property
+    def sockets(self) -> list[Socket]:
+        return list(self._by_socket)
+
+    @property
+    def num_links(self) -> int:
+        return len(self._links)
+
+    @property
+    def num_transfers(self) -> int:
+        return len(self._by_transfer)
+
+    def next_deadline(self) -> float:
+        nearest = [
+            fetching.next_deadline(link.state) if link.state.transfers else link.idle_since + LINK_IDLE_S
+            for link in self._links.values()
+        ]
+        return min(nearest, default=float("inf"))
+
+    def fetch(
+        self,
+        transfer_id: bytes,
+        attempt: int,
+        peer: Peer,
+        stream: str,
+        wanted: Sequence[Wanted],
+        deadline_s: float,
+    ) -> None:
+        if transfer_id in self._by_transfer:
+            raise ValueError("a transfer id is used once")
+        try:
+            link = self._link_to(peer)
+        except zmq.ZMQError as error:  # an address that is none is a peer that cannot be reached
+            self._counters.end("peer_lost")
+            missing = tuple(w.index for w in wanted)
+            self._emit(FetchEnded(transfer_id, missing, "peer_lost", 0, 0.0, 0, str(error)))
+            return
+        self._by_transfer[transfer_id] = link
+        self._apply(link, fs.Start(transfer_id, attempt, stream, tuple(wanted), deadline_s))
+
+    def abort(self, transfer_id: bytes) -> None:
+        link = self._by_transfer.get(transfer_id)
+        if link is not None:
+            self._apply(link, fs.Abort(transfer_id))
+
+    def _link_to(self, peer: Peer) -> Link:
+        key = (peer.kv_address, peer.incarnation)
+        link = self._links.get(key)
+        if link is None:
+            dealer = open_dealer(self._context, peer.kv_address, self._layout.block_bytes)
+            monitor = monitor_of(dealer, LOST | RETRIED)
+            state = fs.Fetching(
+                self._me,
+                peer.incarnation,
+                self._layout,
+                offers(self._transports),
+                (Offer(INLINE, self._transports[INLINE].scope),),
+                window_blocks(self._layout.block_bytes),
+            )
+            link = self._links[key] = Link(key, dealer, monitor, state, self._clock())
+            self._by_socket[dealer] = self._by_socket[monitor] = link
+        return link
+
+    def _apply(self, link: Link, event: fs.Event) -> None:
+        link.state, effects = fetching.step(link.state, event, self._clock())
+        for effect in effects:
+            self._do(link, effect)
+        if link.state.transfers:
+            link.idle_since = self._clock()
+
+    def _do(self, link: Link, effect: fs.Effect) -> None:
+        if isinstance(effect, fs.Deliver):
+            self._counters.blocks_in += 1
+            self._emit(BlockArrived(effect.transfer_id, effect.index, effect.payload))
+        elif isinstance(effect, fs.Send):
+            self._send(link, effect.message)
+        elif isinstance(effect, fs.DeliverNote):
+            self._emit(Noted(effect.transfer_id, effect.payload))
+        elif isinstance(effect, fs.Ended):
+            self._ended(effect)
+        else:
+            self._counters.drop(effect.reason)
+            self._counters.corrupt += effect.reason in ("digest", "identity", "index")
+
+    def _ended(self, effect: fs.Ended) -> None:
+        del self._by_transfer[effect.transfer_id]
+        self._counters.end(effect.outcome)
+        self._emit(
+            FetchEnded(
+                effect.transfer_id,
+                effect.missing,
+                effect.outcome,
+                effect.num_bytes,
+                effect.seconds,
+                effect.corrupt,
+                effect.detail,
+            )
+        )
+
+    def _send(self, link: Link, message: object) -> None:
+        try:
+            send(link.dealer, (encode(message, self._me, link.state.holder),), None)
+        except zmq.ZMQError:  # the queue is full: the lease or the next `Standing` will tell
+            self._counters.drop("backlog")
+
+    def receive(self, socket: Socket) -> None:
+        link = self._by_socket.get(socket)
+        if link is None:  # closed since the caller polled
+            return
+        if socket is link.monitor:
+            self._monitor(link)
+        else:
+            self._read(link)
+
+    def _read(self, link: Link, budget: int = RECEIVE_BUDGET) -> int:
+        """Reads up to `budget` messages; returns how many there were."""
+        count = 0
+        while count < budget:
+            try:
+                frames = link.dealer.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                break
+            count += 1
+            self._frames(link, frames)
+        for transport, slots in link.returned.items():
+            self._send(link, SlotsReturned(transport, tuple(slots)))
+        link.returned.clear()
+        return count
+
+    def _frames(self, link: Link, frames: list[zmq.Frame]) -> None:
+        head = frames[0].buffer
+        if len(frames) > 2 or len(head) > MAX_CONTROL_BYTES:
+            self._counters.drop("frames")
+            return
+        try:
+            envelope = decode(head)
+        except BadFrame:
+            self._counters.drop("bad_frame")
+            return
+        if isinstance(envelope.message, Blocks):
+            self._blocks(
+                link, envelope, envelope.message, frames[1].buffer.toreadonly() if len(frames) == 2 else None
+            )
+        else:
+            self._apply(link, fs.Received(envelope.sender, envelope.receiver, envelope.message))
+
+    def _blocks(self, link: Link, envelope: Envelope, message: Blocks, frame: Payload | None) -> None:
+        payload = self._take(link, message, frame)
+        arrivals = []
+        at = 0
+        for header in message.blocks:
+            part = payload[at : at + self._layout.block_bytes]
+            at += self._layout.block_bytes
+            arrivals.append(self._check(envelope, message, header, part))
+        self._apply(
+            link,
+            fs.BlocksIn(
+                envelope.sender, envelope.receiver, message.transfer_id, message.attempt, tuple(arrivals)
+            ),
+        )
+
+    def _check(self, envelope: Envelope, message: Blocks, header: BlockHeader, part: Payload) -> fs.Arrival:
+        intact = len(part) == self._layout.block_bytes and is_intact(
+            header, message.transfer_id, message.attempt, envelope.sender, envelope.receiver, part
+        )
+        return fs.Arrival(header.index, header.name, header.valid_tokens, part, intact)
+
+    def _take(self, link: Link, message: Blocks, frame: Payload | None) -> Payload:
+        """The bytes of the message's blocks, in our own memory; none when they cannot be had."""
+        place = message.place
+        transport = self._transports.get(place.transport)
+        size = len(message.blocks) * self._layout.block_bytes
+        if transport is None:
+            self._counters.drop("transport")
+            return b""
+        if place.transport != INLINE:
+            link.returned.setdefault(place.transport, []).append((place.slot, place.seq))
+        if message.transfer_id not in link.state.transfers:  # not worth a copy
+            return b""
+        try:
+            payload = transport.take(place, size, frame)
+        except TransportFault:
+            self._fault(link, place.transport)
+            return b""
+        if place.segment:
+            link.segments[place.segment] = place.transport
+        self._counters.received(place.transport, size)
+        return payload
+
+    def _fault(self, link: Link, transport: str) -> None:
+        """A shared transport that failed is not offered to this holder again."""
+        self._counters.drop("transport")
+        if transport != INLINE:
+            kept = tuple(o for o in link.state.offers if o.transport != transport)
+            link.state = replace(link.state, offers=kept)
+
+    def _monitor(self, link: Link) -> None:
+        while (event := read_monitor(link.monitor)) is not None:
+            link.failed_connects += event == RETRIED
+            if event == LOST or link.failed_connects >= FAILED_CONNECTS:
+                while self._read(link):  # what arrived before the end counts
+                    pass
+                self._apply(link, fs.PeerLost())
+                self._close(link)
+                return
+
+    def tick(self) -> None:
+        now = self._clock()
+        for link in list(self._links.values()):
+            if link.state.transfers:
+                self._apply(link, fs.Tick())
+            elif now >= link.idle_since + LINK_IDLE_S:
+                self._close(link)
+
+    def _close(self, link: Link) -> None:
+        for segment, transport in link.segments.items():
+            self._transports[transport].forget(segment)
+        del self._links[link.key]
+        del self._by_socket[link.dealer], self._by_socket[link.monitor]
+        close_monitored(link.dealer, link.monitor)
+
+    def close(self) -> None:
+        for link in list(self._links.values()):
+            self._close(link)

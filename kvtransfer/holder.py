@@ -1,0 +1,245 @@
+"""The I/O of the holding side: one ROUTER for all fetchers around `holding.step`."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import zmq
+
+from kvtransfer import holding
+from kvtransfer import holding_state as hs
+from kvtransfer.events import Counters, Event, NeedBlocks, StreamReleased, WantedChanged
+from kvtransfer.integrity import digest
+from kvtransfer.messages import BlockHeader, Blocks, Offer, SlotsReturned, Standing
+from kvtransfer.protocol import MAX_CONTROL_BYTES, Wanted
+from kvtransfer.sockets import (
+    LOST,
+    Context,
+    close_monitored,
+    monitor_of,
+    open_router,
+    read_monitor,
+    send,
+)
+from kvtransfer.transports.base import PARCEL_BYTES, Payload, Transport
+from kvtransfer.transports.choice import choose
+from kvtransfer.transports.inline import NAME as INLINE
+from mesh.errors import BadFrame
+from mesh.layout import KvLayout
+from mesh.wire import Envelope, decode, encode
+
+RECEIVE_BUDGET = 256
+"""Messages read from a socket at once, so that one busy peer does not keep the I/O thread from the others."""
+PROBE_S = 0.02
+PROBES = 5
+"""The monitor says that a connection broke but not whose: for a moment every fetcher is written to."""
+
+
+@dataclass(slots=True, eq=False)
+class Parcel:
+    """Blocks of one transfer that will leave in one message."""
+
+    link: bytes
+    fetcher: int
+    transfer_id: bytes
+    attempt: int
+    offers: tuple[Offer, ...]
+    blocks: list[tuple[Wanted, Payload]] = field(default_factory=list)
+    size: int = 0
+
+
+class Holder:
+    """Used by one thread; events go to `emit`."""
+
+    def __init__(
+        self,
+        context: Context,
+        bind: str,
+        incarnation: int,
+        layout: KvLayout,
+        transports: dict[str, Transport],
+        counters: Counters,
+        clock: Callable[[], float],
+        emit: Callable[[Event], None],
+    ) -> None:
+        self.router, self.address = open_router(context, bind, layout.block_bytes)
+        self.monitor = monitor_of(self.router, LOST)
+        self.state = hs.Holding(incarnation, layout)
+        self._me = incarnation
+        self._transports = transports
+        self._counters = counters
+        self._clock = clock
+        self._emit = emit
+        self._parcels: dict[hs.Key, Parcel] = {}
+        self._slots: dict[hs.Key, set[tuple[str, int, int]]] = {}
+        self._owner: dict[tuple[str, int, int], hs.Key] = {}
+        self._lost: list[bytes] = []
+        self._probes = 0
+        self._probe_at = 0.0
+        self._sender = 0
+        """Incarnation in the envelope that is being answered."""
+
+    @property
+    def num_slots(self) -> int:
+        return len(self._owner)
+
+    def next_deadline(self) -> float:
+        if self._parcels:
+            return self._clock()
+        nearest = holding.next_deadline(self.state)
+        return min(nearest, self._probe_at) if self._probes else nearest
+
+    def apply(self, event: hs.Event) -> None:
+        """One step of the protocol, its effects done."""
+        self.state, effects = holding.step(self.state, event, self._clock())
+        for effect in effects:
+            self._do(effect)
+        while self._lost:
+            self.apply(hs.LinkLost(self._lost.pop()))
+
+    def _do(self, effect: hs.Effect) -> None:
+        if isinstance(effect, hs.SendBlocks):
+            self._load(effect)
+        elif isinstance(effect, hs.Send):
+            self._flush_link(effect.link)  # what was produced before a message arrives before it
+            self._send(effect.link, encode(effect.message, self._me, self._fetcher_of(effect.link)), None)
+        elif isinstance(effect, hs.Need):
+            self._emit(NeedBlocks(effect.stream, effect.names))
+        elif isinstance(effect, hs.WantsChanged):
+            self._emit(WantedChanged(effect.stream, self.state.wants(effect.stream)))
+        elif isinstance(effect, hs.Released):
+            self._emit(StreamReleased(effect.stream, effect.reason))
+        elif isinstance(effect, hs.Finished):
+            self._finish((effect.link, effect.transfer_id))
+        else:
+            self._counters.drop(effect.reason)
+
+    def _fetcher_of(self, link: bytes) -> int:
+        lease = self.state.leases.get(link)  # a link without a transfer is only ever answered
+        return lease.fetcher if lease is not None else self._sender
+
+    def _load(self, effect: hs.SendBlocks) -> None:
+        """Puts blocks into the transfer's parcel; a full parcel leaves."""
+        key = (effect.link, effect.transfer_id)
+        for wanted, payload in effect.blocks:
+            parcel = self._parcels.get(key)
+            if parcel is not None and (
+                parcel.size + len(payload) > PARCEL_BYTES or parcel.offers != effect.offers
+            ):
+                self._post(self._parcels.pop(key))
+                parcel = None
+            if parcel is None:
+                parcel = self._parcels[key] = Parcel(
+                    effect.link, effect.fetcher, effect.transfer_id, effect.attempt, effect.offers
+                )
+            parcel.blocks.append((wanted, payload))
+            parcel.size += len(payload)
+            if parcel.size >= PARCEL_BYTES:
+                self._post(self._parcels.pop(key))
+
+    def flush(self) -> None:
+        """Sends every parcel that has begun."""
+        for key in list(self._parcels):
+            self._post(self._parcels.pop(key))
+        while self._lost:
+            self.apply(hs.LinkLost(self._lost.pop()))
+
+    def _flush_link(self, link: bytes) -> None:
+        for key in [k for k in self._parcels if k[0] == link]:
+            self._post(self._parcels.pop(key))
+
+    def _post(self, parcel: Parcel) -> None:
+        parts = [payload for _, payload in parcel.blocks]
+        transport = choose(parcel.offers, self._transports)
+        posted = transport.post(parts)
+        if posted is None:
+            transport = self._transports[INLINE]
+            posted = transport.post(parts)
+        if posted is None:
+            raise AssertionError("the connection always has room")
+        head = (parcel.transfer_id, parcel.attempt, self._me, parcel.fetcher)
+        headers = tuple(
+            BlockHeader(
+                w.index, w.name, w.valid_tokens, len(p), digest(*head, w.index, w.name, w.valid_tokens, p)
+            )
+            for w, p in parcel.blocks
+        )
+        place = posted.place
+        if posted.frame is None:
+            key, slot = (parcel.link, parcel.transfer_id), (transport.name, place.slot, place.seq)
+            self._slots.setdefault(key, set()).add(slot)
+            self._owner[slot] = key
+        message = Blocks(parcel.transfer_id, parcel.attempt, place, headers)
+        self._counters.sent(transport.name, parcel.size, len(parcel.blocks))
+        self._send(parcel.link, encode(message, self._me, parcel.fetcher), posted.frame)
+
+    def _send(self, link: bytes, frame: bytes, payload: Payload | None) -> None:
+        try:
+            send(self.router, (link, frame), payload)
+        except zmq.Again:
+            self._counters.drop("backlog")
+        except zmq.ZMQError as error:
+            self._counters.drop("unreachable")
+            if error.errno == errno.EHOSTUNREACH:
+                self._lost.append(link)
+
+    def _finish(self, key: hs.Key) -> None:
+        """A transfer is over: its parcel and its slots are free. A late reader finds another slot number."""
+        self._parcels.pop(key, None)
+        for slot in self._slots.pop(key, ()):
+            del self._owner[slot]
+            self._transports[slot[0]].reclaim(slot[1], slot[2])
+
+    def _returned(self, link: bytes, message: SlotsReturned) -> None:
+        for number, seq in message.slots:
+            slot = (message.transport, number, seq)
+            key = self._owner.get(slot)
+            if key is None or key[0] != link:
+                self._counters.drop("slot")
+                continue
+            del self._owner[slot]
+            self._slots[key].discard(slot)
+            self._transports[slot[0]].reclaim(number, seq)
+
+    def receive(self) -> None:
+        for _ in range(RECEIVE_BUDGET):
+            try:
+                frames = self.router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            if len(frames) != 2 or len(frames[1]) > MAX_CONTROL_BYTES:
+                self._counters.drop("frames")
+                continue
+            try:
+                envelope = decode(frames[1])
+            except BadFrame:
+                self._counters.drop("bad_frame")
+                continue
+            self._heard(frames[0], envelope)
+        self.flush()
+
+    def _heard(self, link: bytes, envelope: Envelope) -> None:
+        if isinstance(envelope.message, SlotsReturned):
+            self._returned(link, envelope.message)
+            return
+        self._sender = envelope.sender
+        self.apply(hs.Received(link, envelope.sender, envelope.receiver, envelope.message))
+
+    def receive_monitor(self) -> None:
+        while (event := read_monitor(self.monitor)) is not None:
+            if event == LOST:
+                self._probes, self._probe_at = PROBES, self._clock()
+
+    def tick(self) -> None:
+        self.flush()
+        self.apply(hs.Tick())
+        if self._probes and self._clock() >= self._probe_at:
+            self._probes, self._probe_at = self._probes - 1, self._clock() + PROBE_S
+            for link, lease in self.state.leases.items():
+                self._send(link, encode(Standing(0, ()), self._me, lease.fetcher), None)
+        self.flush()
+
+    def close(self) -> None:
+        close_monitored(self.router, self.monitor)

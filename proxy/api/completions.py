@@ -1,0 +1,257 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from mesh.errors import RequestError
+from mesh.tokenizer import Tokenizer
+from proxy.api.answer import Usage
+from proxy.api.chat import ROUTE_HEADER
+from proxy.api.errors import internal_error, unsupported
+from proxy.api.frames import Envelope, Frames
+from proxy.api.logprobs import CompletionLogprobs, add_prompt, add_tokens, no_logprobs, prompt_offsets
+from proxy.api.sampling import (
+    check_min_tokens,
+    check_stream_options,
+    refuse_extra_choices,
+    sampling_params,
+    text_options,
+    token_budget,
+)
+from proxy.api.schemas import CompletionBody, openapi_body, validate
+from proxy.api.service import Service, new_id, unix_now
+from proxy.api.submit import answer, submit
+from proxy.generation import Chunk, Route
+from proxy.text.choice import Piece
+
+MAX_CHOICES_IN_ALL = 1024
+"""Prompts times n: what one request may put into the workers' queues at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of a request."""
+
+    tokens: list[int]
+    echo: str
+    """What the choices' texts begin with; empty without `echo`."""
+    offsets: tuple[int, ...]
+    """Of each token in `echo`; empty without `echo`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What every choice of the answer shows."""
+
+    prompts: tuple[Prompt, ...]
+    n: int
+    echo: bool
+    logprobs: bool
+
+    def prompt(self, choice: int) -> Prompt:
+        return self.prompts[choice // self.n]
+
+
+def completions_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/completions", openapi_extra=openapi_body(CompletionBody))
+    async def create_completion(request: Request) -> Response:
+        """Continues one or several prompts, whole or as a stream of server-sent events."""
+        arrived = perf_counter()
+        body = validate(CompletionBody, await service.read_json(request))
+        service.check_model(body.model)
+        check_completion(body)
+        facts = service.facts()
+        n, echo = body.n or 1, bool(body.echo)
+        prompts = [await _prompt(service, body, given) for given in given_prompts(body.prompt, n)]
+        discard = body.max_tokens == 0
+        asked = 1 if discard else body.max_tokens
+        budgets = [token_budget(asked, len(p.tokens), facts.max_model_len, "prompt") for p in prompts]
+        params = sampling_params(
+            body, service.tokenizer, max(budgets), body.logprobs, body.logprobs if echo else None
+        )
+        options = text_options(body)
+        choices = [
+            options.choice(service.tokenizer, p.tokens, len(p.echo)) for p in prompts for _ in range(n)
+        ]
+        envelope = Envelope(new_id("cmpl"), unix_now(), service.model_name)
+        usage = Usage(prompt_tokens=sum(len(p.tokens) for p in prompts))
+        shape = Shape(tuple(prompts), n, echo, body.logprobs is not None)
+        ids = [p.tokens for p in prompts]
+        generations = submit(service, body, envelope.id, ids, params, budgets)
+        sink: CompletionStream | CompletionDocument
+        if body.stream:
+            show_route = request.headers.get(ROUTE_HEADER) == "1"
+            frames = Frames(envelope, "text_completion", body, usage, show_route=show_route)
+            sink = CompletionStream(frames, shape, service.tokenizer)
+        else:
+            sink = CompletionDocument(envelope, shape, usage, service.tokenizer)
+        return answer(
+            service,
+            body,
+            envelope.id,
+            arrived,
+            generations,
+            ids,
+            choices,
+            sink,
+            usage,
+            max_tokens=max(budgets),
+            discard_output=discard,
+        )
+
+    return router
+
+
+def check_completion(body: CompletionBody) -> None:
+    """What pydantic cannot say of one field alone. Raises `RequestError` 400."""
+    check_stream_options(body)
+    check_min_tokens(body.min_tokens, body.max_tokens)
+    refuse_extra_choices(body.best_of, body.n or 1)
+    if body.max_tokens == 0 and not body.echo:
+        raise RequestError(400, "max_tokens may be 0 only with echo.", param="max_tokens")
+    extra = body.model_extra or {}
+    for name in ("messages", "tools", "tool_choice"):
+        if extra.get(name) not in (None, [], "none"):
+            raise unsupported(name, "it is a parameter of /v1/chat/completions")
+
+
+def given_prompts(prompt: Any, n: int) -> list[str | list[int]]:
+    """The prompts in any of the four forms: text, token ids, or a list of either."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        raise RequestError(
+            400, "prompt must be a text, a list of token ids, or a list of either.", param="prompt"
+        )
+    if type(prompt[0]) is int:
+        return [_token_ids(prompt, "prompt")]
+    if len(prompt) * n > MAX_CHOICES_IN_ALL:
+        raise RequestError(
+            400, f"prompt: at most {MAX_CHOICES_IN_ALL} choices (prompts times n) are served.", param="prompt"
+        )
+    if all(isinstance(p, str) for p in prompt):
+        return list(prompt)
+    return [_token_ids(p, f"prompt.{i}") for i, p in enumerate(prompt)]
+
+
+def _token_ids(ids: Any, where: str) -> list[int]:
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise RequestError(400, f"{where} must be a list of token ids.", param=where)
+    return ids
+
+
+async def _prompt(service: Service, body: CompletionBody, given: str | list[int]) -> Prompt:
+    tokenizer, skip = service.tokenizer, body.skip_special_tokens is not False
+    if isinstance(given, str):
+        special = body.add_special_tokens is not False
+        tokens = await service.encode(lambda: given, len(given), special=special, param="prompt")
+    else:
+        tokens = given
+        service.check_ids(tokens, "prompt")
+    if not body.echo:
+        return Prompt(tokens, "", ())
+    if isinstance(given, str):
+        return Prompt(tokens, given, prompt_offsets(tokenizer, tokens, given, skip_special_tokens=False))
+    text = tokenizer.decode(tokens, skip_special_tokens=skip)
+    return Prompt(tokens, text, prompt_offsets(tokenizer, tokens, text, skip_special_tokens=skip))
+
+
+def token_logprobs(
+    shape: Shape, tokenizer: Tokenizer, choice: int, chunk: Chunk, piece: Piece, *, first: bool
+) -> CompletionLogprobs:
+    """Of a chunk's tokens, and with an echoing choice's first chunk those of its prompt."""
+    lists = no_logprobs()
+    prompt = shape.prompt(choice)
+    if first and shape.echo:
+        if len(chunk.prompt_logprobs) != len(prompt.tokens):
+            raise internal_error()  # wrong numbers would be taken for right ones
+        add_prompt(lists, tokenizer, prompt.tokens, chunk.prompt_logprobs, prompt.offsets)
+    add_tokens(lists, tokenizer, chunk.logprobs[: piece.num_tokens], piece.offsets)
+    return lists
+
+
+class CompletionStream:
+    """Frames: the echoed prompt, text as it comes, the finish reason; for each choice."""
+
+    def __init__(self, frames: Frames, shape: Shape, tokenizer: Tokenizer) -> None:
+        self._frames = frames
+        self._shape = shape
+        self._tokenizer = tokenizer
+        choices = len(shape.prompts) * shape.n
+        self._heads = [frames.head(i, '"text":') for i in range(choices)]
+        self._begun = [False] * choices
+
+    def take(self, choice: int, chunk: Chunk, piece: Piece) -> bytes:
+        frames = b""
+        text = piece.text
+        first = not self._begun[choice]
+        if first:
+            self._begun[choice] = True
+            text = self._shape.prompt(choice).echo + text
+        rest = ',"logprobs":null,"finish_reason":null}'
+        show = bool(text)
+        if self._shape.logprobs:
+            lists = token_logprobs(self._shape, self._tokenizer, choice, chunk, piece, first=first)
+            show = show or bool(lists["tokens"])
+            rest = f',"logprobs":{json.dumps(lists, ensure_ascii=False)},"finish_reason":null}}'
+        if show:
+            frames = self._frames.text(self._heads[choice], text, rest)
+        if piece.finish is not None:
+            rest = f',"logprobs":null,"finish_reason":"{piece.finish}"}}'
+            frames += self._frames.text(self._heads[choice], "", rest)
+        return frames
+
+    def end(self, routes: Sequence[Route]) -> bytes:
+        return self._frames.end(routes)
+
+
+class CompletionDocument:
+    """Collects every choice for one JSON answer."""
+
+    def __init__(self, envelope: Envelope, shape: Shape, usage: Usage, tokenizer: Tokenizer) -> None:
+        self._envelope = envelope
+        self._shape = shape
+        self._usage = usage
+        self._tokenizer = tokenizer
+        choices = len(shape.prompts) * shape.n
+        self._texts: list[list[str]] = [[] for _ in range(choices)]
+        self._logprobs: list[CompletionLogprobs] = [no_logprobs() for _ in range(choices)]
+        self._finishes: list[str | None] = [None] * choices
+
+    def take(self, choice: int, chunk: Chunk, piece: Piece) -> bytes:
+        first = not self._texts[choice]
+        if first:
+            self._texts[choice].append(self._shape.prompt(choice).echo)
+        self._texts[choice].append(piece.text)
+        self._finishes[choice] = piece.finish
+        if self._shape.logprobs:
+            new = token_logprobs(self._shape, self._tokenizer, choice, chunk, piece, first=first)
+            for name, values in new.items():
+                self._logprobs[choice][name].extend(values)
+        return b""
+
+    def end(self, routes: Sequence[Route]) -> bytes:
+        document = {
+            **self._envelope.object("text_completion"),
+            "choices": [self._choice(i) for i in range(len(self._texts))],
+            "usage": self._usage.object(),
+        }
+        return json.dumps(document, ensure_ascii=False).encode()
+
+    def _choice(self, choice: int) -> dict[str, Any]:
+        return {
+            "index": choice,
+            "text": "".join(self._texts[choice]),
+            "logprobs": self._logprobs[choice] if self._shape.logprobs else None,
+            "finish_reason": self._finishes[choice],
+        }

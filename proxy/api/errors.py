@@ -1,0 +1,97 @@
+"""Every failure as the error object that OpenAI's clients know: four keys, always all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from fastapi import FastAPI, Request
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from mesh.errors import RequestError
+
+MAX_MESSAGE_CHARS = 2000
+"""An error never costs more to send than to provoke."""
+MAX_ERRORS = 10
+MAX_PARAM_CHARS = 200
+SERVER_ERROR = "server_error"
+
+
+def internal_error() -> RequestError:
+    """What a client hears of a fault of ours: nothing but that."""
+    return RequestError(500, "The server had an error while processing your request.", type=SERVER_ERROR)
+
+
+def unsupported(param: str, detail: str = "") -> RequestError:
+    """A parameter that would change the output and is not served."""
+    message = f"The parameter {param} is not supported by this server{': ' + detail if detail else ''}."
+    return RequestError(400, message, code="unsupported_parameter", param=param)
+
+
+def error_object(error: RequestError) -> bytes:
+    """`{"error": {message, type, param, code}}`."""
+    kind = error.type
+    if error.status >= 500 and kind == "invalid_request_error":
+        kind = SERVER_ERROR
+    message = error.message
+    if len(message) > MAX_MESSAGE_CHARS:
+        message = message[: MAX_MESSAGE_CHARS - 1] + "…"
+    param = None if error.param is None else error.param[:MAX_PARAM_CHARS]
+    fields = {"message": message, "type": kind, "param": param, "code": error.code}
+    return json.dumps({"error": fields}).encode()
+
+
+def error_headers(error: RequestError) -> dict[str, str]:
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
+    if error.code in ("draining", "request_too_large"):
+        # Draining: the next request belongs to another proxy. Too large: the rest of the body is not read.
+        headers["connection"] = "close"
+    return headers
+
+
+def error_response(error: RequestError, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(
+        error_object(error),
+        status_code=error.status,
+        headers={**error_headers(error), **(headers or {})},
+        media_type="application/json",
+    )
+
+
+def validation_error(error: ValidationError) -> RequestError:
+    """400 that names the first wrong field in `param` and up to `MAX_ERRORS` in the message."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    lines = [f"{dotted(e['loc'])}: {e['msg'][:200]}" for e in found[:MAX_ERRORS]]
+    if len(found) > MAX_ERRORS:
+        lines.append(f"and {len(found) - MAX_ERRORS} more")
+    return RequestError(400, "; ".join(lines), param=dotted(found[0]["loc"]) or None)
+
+
+def dotted(path: Sequence[int | str]) -> str:
+    """`messages.0.content`, bounded: keys may be the client's."""
+    return ".".join(str(part)[:80] for part in path)[:MAX_PARAM_CHARS]
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Every refusal leaves `app` as an error object; unexpected exceptions are the outer middleware's."""
+
+    async def on_request_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestError)
+        return error_response(error)
+
+    async def on_http_exception(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        path = request.url.path[:100]
+        sentences = {
+            404: f"Unknown request URL: {request.method} {path}.",
+            405: f"Method {request.method} is not allowed for {path}.",
+        }
+        message = sentences.get(error.status_code, "The request was refused.")
+        return error_response(RequestError(error.status_code, message), error.headers)
+
+    app.add_exception_handler(RequestError, on_request_error)
+    app.add_exception_handler(HTTPException, on_http_exception)

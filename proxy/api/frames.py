@@ -1,0 +1,69 @@
+"""What the stream of either endpoint adds around a choice: the prepared head, the usage, the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from proxy.api.answer import Usage, route_fields
+from proxy.api.schemas import GenerationBody
+from proxy.api.sse import DONE, quoted
+from proxy.generation import Route
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """The fields that every object of one answer repeats."""
+
+    id: str
+    created: int
+    model: str
+
+    def object(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+class Frames:
+    """Builds the frames of one stream."""
+
+    __slots__ = ("_continuous", "_end", "_head", "_include_usage", "_show_route", "_usage")
+
+    def __init__(
+        self, envelope: Envelope, kind: str, body: GenerationBody, usage: Usage, *, show_route: bool
+    ) -> None:
+        """`show_route`: the last frame tells which workers served, with or without usage."""
+        options = body.stream_options
+        self._head = "data: " + json.dumps(envelope.object(kind), ensure_ascii=False)[:-1] + ',"choices":['
+        self._usage = usage
+        self._include_usage = options is not None and bool(options.include_usage)
+        self._continuous = (
+            self._include_usage and options is not None and bool(options.continuous_usage_stats)
+        )
+        self._show_route = show_route
+        self._end = "]" + (',"usage":null' if self._include_usage else "") + "}\n\n"
+
+    def head(self, choice: int, before_text: str) -> str:
+        """All of a frame up to the choice's text; made once per choice."""
+        return f'{self._head}{{"index":{choice},{before_text}'
+
+    def text(self, head: str, text: str, after_text: str) -> bytes:
+        """A frame: prepared head, text, prepared rest of the choice."""
+        return (head + quoted(text) + after_text + self._closing()).encode()
+
+    def end(self, routes: Sequence[Route]) -> bytes:
+        """The usage frame, where it was asked for, and the end of the stream."""
+        fields: dict[str, Any] = {}
+        if self._include_usage:
+            fields["usage"] = self._usage.object()
+        if self._show_route:
+            fields["kvmesh"] = {**route_fields(routes), "cached_tokens": self._usage.cached_tokens}
+        if not fields:
+            return DONE
+        return (self._head + "]," + json.dumps(fields)[1:] + "\n\n").encode() + DONE
+
+    def _closing(self) -> str:
+        if not self._continuous:
+            return self._end
+        return f'],"usage":{json.dumps(self._usage.object())}}}\n\n'

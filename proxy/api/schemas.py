@@ -1,0 +1,232 @@
+"""The request bodies: simple fields by pydantic, in strict mode; what may have several shapes is checked by hand.
+
+Fields that OpenAI defines and that change nothing here (user, metadata, store, service_tier, ...) are extras, accepted
+and ignored. Extras that would change the answer are refused by `refuse_unsupported`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from proxy.api.errors import unsupported, validation_error
+
+MAX_CHOICES = 128
+MAX_TOP_LOGPROBS = 20
+MAX_COMPLETION_LOGPROBS = 5
+MAX_COUNT = 2**31 - 1
+"""Token counts beyond this are a mistake; ids and counts travel as 32 bits."""
+
+INTERNAL_PARAMETERS = (
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "disaggregated_params",
+    "bootstrap_host",
+    "bootstrap_port",
+    "bootstrap_room",
+    "data_parallel_rank",
+    "disagg_prefill_dp_rank",
+)
+"""How other systems hand a transfer around: a client that could write these could read other tenants' blocks."""
+
+UNSUPPORTED_PARAMETERS = (
+    "allowed_token_ids",
+    "audio",
+    "bad_words",
+    "chat_template",
+    "custom_logit_processor",
+    "documents",
+    "ebnf",
+    "functions",
+    "grammar",
+    "guided_choice",
+    "guided_grammar",
+    "guided_json",
+    "guided_regex",
+    "input_embeds",
+    "input_ids",
+    "json_schema",
+    "logits_processors",
+    "logprob_token_ids",
+    "lora_path",
+    "no_stop_trim",
+    "prompt_embeds",
+    "prompt_logprobs",
+    "regex",
+    "return_hidden_states",
+    "return_token_ids",
+    "return_tokens_as_token_ids",
+    "stop_regex",
+    "structural_tag",
+    "structured_outputs",
+    "suffix",
+    "thinking_token_budget",
+    "truncate_prompt_tokens",
+    "use_beam_search",
+    "web_search_options",
+)
+
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "function_call": ("none",),
+    "length_penalty": (1, 1.0),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+}
+"""Parameters that may be given with these values only."""
+
+ANY_TOKEN_LIST = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+STOP_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 4},
+        {"type": "null"},
+    ],
+    "default": None,
+}
+LOGIT_BIAS_SCHEMA = {
+    "anyOf": [
+        {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
+        {"type": "null"},
+    ],
+    "default": None,
+}
+MESSAGES_SCHEMA = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "required": ["role"],
+        "properties": {
+            "role": {"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
+            "content": {
+                "anyOf": [
+                    {"type": "string"},
+                    {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "required": ["type", "text"],
+                            "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                        },
+                    },
+                    {"type": "null"},
+                ]
+            },
+        },
+    },
+}
+PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        {**ANY_TOKEN_LIST, "minItems": 1},
+        {"type": "array", "items": {**ANY_TOKEN_LIST, "minItems": 1}, "minItems": 1},
+    ]
+}
+
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Body = TypeVar("Body", bound="GenerationBody")
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`; others OpenAI defines (include_obfuscation) change nothing here."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationBody(BaseModel):
+    """What chat and plain completions share. None always means: as if not given."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    model: str
+    max_tokens: Count | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=MAX_COUNT)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: Annotated[Any, WithJsonSchema(LOGIT_BIAS_SCHEMA)] = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: Annotated[Any, WithJsonSchema(STOP_SCHEMA)] = None
+    stop_token_ids: list[Count] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    min_tokens: Count | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[^@/\\]*$")
+
+
+class ChatBody(GenerationBody):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[Any, WithJsonSchema(MESSAGES_SCHEMA)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = Field(None, max_length=32)
+
+
+class CompletionBody(GenerationBody):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[Any, WithJsonSchema(PROMPT_SCHEMA)]
+    logprobs: int | None = Field(None, ge=0, le=MAX_COMPLETION_LOGPROBS)
+    echo: bool | None = None
+    best_of: int | None = Field(None, ge=0, le=20)
+    add_special_tokens: bool | None = None
+
+
+def validate(kind: type[Body], fields: dict[str, Any]) -> Body:
+    """The body as `kind`; raises `RequestError` 400 with the wrong field's dotted name."""
+    try:
+        body = kind.model_validate(fields)
+    except ValidationError as error:
+        raise validation_error(error) from None
+    refuse_unsupported(body.model_extra or {})
+    return body
+
+
+def refuse_unsupported(extra: dict[str, Any]) -> None:
+    """Raises `RequestError` 400 `unsupported_parameter` for what would have to change the answer."""
+    for name in INTERNAL_PARAMETERS:
+        if extra.get(name) is not None:
+            raise unsupported(name, "it is not part of the public API")
+    for name in UNSUPPORTED_PARAMETERS:
+        if extra.get(name) not in (None, False, "", [], {}):
+            raise unsupported(name)
+    for name, harmless in HARMLESS.items():
+        value = extra.get(name)
+        if value is not None and value not in harmless:
+            raise unsupported(name)
+
+
+def openapi_body(kind: type[GenerationBody]) -> dict[str, Any]:
+    """The `requestBody` of `kind` for /openapi.json, without references."""
+    schema = kind.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def inlined(value: Any) -> Any:
+        if isinstance(value, dict):
+            reference = str(value.get("$ref", ""))
+            if reference.startswith("#/$defs/"):
+                return inlined(definitions[reference.removeprefix("#/$defs/")])
+            return {key: inlined(member) for key, member in value.items()}
+        return [inlined(member) for member in value] if isinstance(value, list) else value
+
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}}}}

@@ -1,0 +1,106 @@
+"""What every endpoint needs: the dispatcher, the tokenizer, and how a body is read and a prompt encoded."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from mesh.errors import RequestError
+from mesh.settings import ProxySettings
+from mesh.tokenizer import Tokenizer
+from proxy.api.jsonbody import parse_object
+from proxy.api.sampling import context_length_exceeded
+from proxy.generation import Dispatcher, ModelFacts
+from proxy.metrics import ProxyMetrics
+
+BODY_TIMEOUT_S = 60.0
+"""A client that takes longer to send its body holds a place that others wait for."""
+INLINE_CHARS = 8_000
+"""Rendering and encoding so much text takes a millisecond or two; more is done beside the event loop."""
+NORMALISED = 4
+"""Normalisation may shorten a text before it is cut into tokens, by less than this factor."""
+RETRY_NO_WORKERS_S = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One proxy's API; everything an endpoint may use."""
+
+    dispatcher: Dispatcher
+    tokenizer: Tokenizer
+    settings: ProxySettings
+    model_name: str
+    metrics: ProxyMetrics
+    keep_alive_s: float
+    """Silence after which a stream gets a comment line."""
+    created: int
+    """Unix seconds; the model card's."""
+
+    async def read_json(self, request: Request) -> dict[str, Any]:
+        """The request's JSON object; raises `RequestError` 400 or 408."""
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json" and not media_type.endswith("+json"):
+            raise RequestError(400, "The content type of the request must be application/json.")
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                body = await request.body()
+        except TimeoutError:
+            raise RequestError(408, "The request body did not arrive in time.", code="timeout") from None
+        return parse_object(body)
+
+    def check_model(self, name: str) -> None:
+        if name != self.model_name:
+            raise RequestError(
+                404, f"The model {name[:100]!r} does not exist.", code="model_not_found", param="model"
+            )
+
+    def facts(self) -> ModelFacts:
+        """What the workers serve; raises `RequestError` 503 while there is none."""
+        facts = self.dispatcher.model
+        if facts is None:
+            raise RequestError(
+                503,
+                "No worker is ready to serve this model yet. Please try again shortly.",
+                type="server_error",
+                code="no_workers",
+                retry_after=RETRY_NO_WORKERS_S,
+            )
+        return facts
+
+    async def encode(self, render: Callable[[], str], size: int, *, special: bool, param: str) -> list[int]:
+        """Token ids of `render()`, whose text has about `size` characters. Raises `RequestError` 400."""
+
+        def encoded() -> list[int]:
+            text = render()
+            limit = self.facts().max_model_len
+            fewest = len(text) // (self.tokenizer.longest_token * NORMALISED)
+            if fewest > limit:  # not worth cutting into tokens
+                raise context_length_exceeded(limit, f"more than {fewest}", param)
+            return self.tokenizer.encode(text, add_special_tokens=special)
+
+        ids = encoded() if size <= INLINE_CHARS else await asyncio.to_thread(encoded)
+        self.check_ids(ids, param)
+        return ids
+
+    def check_ids(self, ids: list[int], param: str) -> None:
+        """Raises `RequestError` 400 unless `ids` are some token ids of the model."""
+        if not ids:
+            raise RequestError(400, f"{param} must not be empty.", param=param)
+        if max(ids) >= self.tokenizer.vocab_size or min(ids) < 0:
+            raise RequestError(
+                400, f"{param} holds a token id outside 0..{self.tokenizer.vocab_size - 1}.", param=param
+            )
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def unix_now() -> int:
+    return int(time.time())

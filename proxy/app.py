@@ -1,0 +1,68 @@
+"""The proxy's HTTP application, assembled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from mesh import __version__
+from mesh.settings import ProxySettings
+from mesh.tokenizer import Tokenizer
+from proxy.api.chat import chat_router
+from proxy.api.completions import completions_router
+from proxy.api.door import Door
+from proxy.api.errors import install_error_handlers
+from proxy.api.health import health_router
+from proxy.api.middleware import Admission, BodyLimit, Edge
+from proxy.api.models import models_router
+from proxy.api.service import Service, unix_now
+from proxy.generation import Dispatcher
+from proxy.metrics import ProxyMetrics
+
+KEEP_ALIVE_S = 15.0
+"""Load balancers cut connections that are silent for a minute, some for 30 s."""
+
+
+def create_app(
+    dispatcher: Dispatcher,
+    tokenizer: Tokenizer,
+    settings: ProxySettings,
+    model_name: str,
+    *,
+    metrics: ProxyMetrics | None = None,
+    metrics_text: Callable[[], bytes] | None = None,
+    door: Door | None = None,
+    keep_alive_s: float = KEEP_ALIVE_S,
+) -> FastAPI:
+    """The application that serves `dispatcher`'s workers as `model_name`.
+
+    `metrics.registry` takes what other parts of the proxy measure; `metrics_text` adds text in Prometheus' classic
+    format instead. `door` is how a shutdown is announced: the caller keeps it, sets `door.draining` and waits for
+    `door.in_flight`.
+    """
+    metrics = metrics or ProxyMetrics(model_name)
+    door = door or Door(settings.max_concurrent_requests)
+    service = Service(dispatcher, tokenizer, settings, model_name, metrics, keep_alive_s, unix_now())
+    app = FastAPI(
+        title="kvmesh",
+        version=__version__,
+        # The interactive pages load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        middleware=[
+            Middleware(Edge, metrics=metrics),
+            Middleware(Admission, door=door, metrics=metrics),
+            Middleware(BodyLimit, limit=settings.max_body_bytes),
+        ],
+    )
+    install_error_handlers(app)
+    for router in (
+        chat_router(service),
+        completions_router(service),
+        models_router(service),
+        health_router(service, door, metrics_text),
+    ):
+        app.include_router(router)
+    return app

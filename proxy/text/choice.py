@@ -1,0 +1,84 @@
+"""The text of one choice: tokens in; text, the end and the place of each token in the text out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from proxy.text.detokenizer import Detokenizer
+from proxy.text.stopstrings import StopStrings
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What some new tokens of a choice come to."""
+
+    text: str
+    num_tokens: int
+    """How many of the tokens belong to the choice: fewer than were given when a stop string ended it."""
+    finish: str | None
+    offsets: tuple[int, ...]
+    """Characters of the choice's text before each of those tokens."""
+
+
+class ChoiceText:
+    """Live text state of one choice."""
+
+    __slots__ = (
+        "_decoded",
+        "_detokenizer",
+        "_hide_stop_token",
+        "_min_tokens",
+        "_stops",
+        "finish",
+        "num_tokens",
+    )
+
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stops: StopStrings | None = None,
+        *,
+        hide_stop_token: bool = True,
+        min_tokens: int = 0,
+        start: int = 0,
+    ) -> None:
+        """`hide_stop_token`: the token with which the engine says `stop` adds no text. No stop string is looked for
+        in the first `min_tokens` tokens. `start` is the length of the text before the first token (an echoed prompt).
+        """
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._hide_stop_token = hide_stop_token
+        self._min_tokens = min_tokens
+        self._decoded = start
+        self.num_tokens = 0
+        self.finish: str | None = None
+
+    def push(self, tokens: Sequence[int], finish: str | None) -> Piece:
+        """`finish`: what the engine says of the last of `tokens`."""
+        text = ""
+        offsets = []
+        count = 0
+        for token in tokens:
+            count += 1
+            self.num_tokens += 1
+            offsets.append(self._decoded)
+            last = finish is not None and count == len(tokens)
+            hidden = last and finish == "stop" and self._hide_stop_token
+            new = "" if hidden else self._detokenizer.push(token)
+            if last:
+                new += self._detokenizer.flush()
+            self._decoded += len(new)
+            text += self._through_stops(new)
+            if self._stops is not None and self._stops.matched is not None:
+                self.finish = "stop"
+                return Piece(text, count, "stop", tuple(offsets))
+        self.finish = finish
+        if finish is not None and self._stops is not None:
+            text += self._stops.flush()
+        return Piece(text, count, finish, tuple(offsets))
+
+    def _through_stops(self, text: str) -> str:
+        if self._stops is None or self.num_tokens <= self._min_tokens:
+            return text
+        return self._stops.push(text)
