@@ -50,6 +50,8 @@ class DecodeJob(Job):
     bytes_before_first: int = 0
     transfer_bytes: int = 0
     first: FirstToken | None = None
+    started: bool = False
+    """The engine was told to go on."""
     reported: bool = False
     arrived: set[int] = field(default_factory=set)
 
@@ -104,9 +106,11 @@ class DecodeRole:
         job = self._by_key.get(event.key)
         if job is None or job.source is None:
             return
-        if not event.missing:
+        if not event.missing:  # everything is cached here; the stream is only fetched from so that its holder lets go
+            job.started = True
             self._parts.loop.ready(job.key, ())
-            return
+            if not job.source_prefills:
+                return
         job.missing = event.missing
         job.began = self._parts.clock()
         job.transfer_id = new_transfer_id()
@@ -148,15 +152,17 @@ class DecodeRole:
         except BadFrame as error:
             log.warning("a first token that is none: %s", error)
             return
-        if job.first.finish is not None:  # the proxy has the whole answer from the prefill worker
+        if job.first.finish is not None and not job.started:  # the proxy has the whole answer from the prefill worker
             self._end(job)
 
     def _fetched(self, event: FetchEnded) -> None:
         job = self._by_transfer.pop(event.transfer_id, None)
         if job is None:
             return
-        job.transfer_s = event.seconds
         self._parts.metrics.fetched(event, job.bytes_before_first)
+        if job.started:
+            return
+        job.transfer_s = event.seconds
         owed = self._owed(job)
         if owed > job.recompute_limit:
             refuse(
@@ -170,6 +176,7 @@ class DecodeRole:
         if job.missing and event.outcome != "ok":
             self._parts.metrics.recomputed(owed)
         first = job.first
+        job.started = True
         follows = first is not None and first.index == job.num_generated
         self._parts.loop.ready(job.key, (first.token,) if first is not None and follows else ())
 

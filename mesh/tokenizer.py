@@ -159,9 +159,7 @@ def _refusal(sentence: str) -> StartupError:
 
 def _load_backend(path: Path) -> Backend:
     if not path.exists():
-        raise _refusal(
-            f"{path.parent} holds no tokenizer.json (a sentencepiece model alone is not supported)"
-        )
+        raise _refusal(f"{path.parent} holds no tokenizer.json (a sentencepiece model alone is not supported)")
     try:
         backend = Backend.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for any broken file

@@ -56,7 +56,7 @@ SPARE_CONNECTIONS = 1024
 class Server(uvicorn.Server):
     """Signals begin a drain instead of an end."""
 
-    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], object]) -> None:
         super().__init__(config)
         self._on_signal = on_signal
 

@@ -143,8 +143,6 @@ class ProxyMetrics:
         return classic_text(self.registry), CLASSIC_TYPE
 
     def _histogram(self, name: str, help: str, buckets: Sequence[float]) -> Histogram:
-        family = Histogram(
-            f"vllm:{name}", help, ("model_name",), buckets=tuple(buckets), registry=self.registry
-        )
+        family = Histogram(f"vllm:{name}", help, ("model_name",), buckets=tuple(buckets), registry=self.registry)
         child: Histogram = family.labels(self._model)
         return child

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
@@ -26,6 +25,7 @@ from proxy.api.sampling import (
 )
 from proxy.api.schemas import ChatBody, openapi_body, validate
 from proxy.api.service import Service, new_id, unix_now
+from proxy.api.sse import compact
 from proxy.api.submit import answer, submit
 from proxy.generation import Chunk, Route
 from proxy.text.choice import Piece
@@ -105,9 +105,7 @@ def check_chat(body: ChatBody) -> None:
 
 async def _prompt_tokens(service: Service, body: ChatBody) -> list[int]:
     chat = service.tokenizer.chat
-    messages = template_messages(
-        body.messages, knows_developer_role=chat is not None and chat.knows_developer_role
-    )
+    messages = template_messages(body.messages, knows_developer_role=chat is not None and chat.knows_developer_role)
     variables = _template_variables(body)
     size = sum(len(message["content"]) for message in messages)
     return await service.encode(
@@ -121,9 +119,7 @@ async def _prompt_tokens(service: Service, body: ChatBody) -> list[int]:
 def _template_variables(body: ChatBody) -> dict[str, Any]:
     variables = dict(body.chat_template_kwargs or {})
     for name in RESERVED_TEMPLATE_NAMES & variables.keys():
-        raise RequestError(
-            400, f"chat_template_kwargs must not set {name}.", param=f"chat_template_kwargs.{name}"
-        )
+        raise RequestError(400, f"chat_template_kwargs must not set {name}.", param=f"chat_template_kwargs.{name}")
     if body.reasoning_effort is not None:
         variables["reasoning_effort"] = body.reasoning_effort
     if body.add_generation_prompt is not None:
@@ -153,7 +149,7 @@ class ChatStream:
             rest = '},"logprobs":null,"finish_reason":null}'
             if self._logprobs:
                 entries = [chat_entry(self._tokenizer, t) for t in chunk.logprobs[: piece.num_tokens]]
-                logprobs = json.dumps({"content": entries, "refusal": None}, ensure_ascii=False)
+                logprobs = compact({"content": entries, "refusal": None})
                 rest = f'}},"logprobs":{logprobs},"finish_reason":null}}'
             frames += self._frames.text(self._heads[choice], piece.text, rest)
         if piece.finish is not None:
@@ -168,9 +164,7 @@ class ChatStream:
 class ChatDocument:
     """Collects every choice for one JSON answer."""
 
-    def __init__(
-        self, envelope: Envelope, n: int, usage: Usage, tokenizer: Tokenizer, *, logprobs: bool
-    ) -> None:
+    def __init__(self, envelope: Envelope, n: int, usage: Usage, tokenizer: Tokenizer, *, logprobs: bool) -> None:
         self._envelope = envelope
         self._usage = usage
         self._tokenizer = tokenizer
@@ -193,7 +187,7 @@ class ChatDocument:
             "choices": [self._choice(i) for i in range(len(self._texts))],
             "usage": self._usage.object(),
         }
-        return json.dumps(document, ensure_ascii=False).encode()
+        return compact(document).encode()
 
     def _choice(self, choice: int) -> dict[str, Any]:
         message = {"role": "assistant", "content": "".join(self._texts[choice]), "refusal": None}

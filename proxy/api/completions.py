@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -28,6 +27,7 @@ from proxy.api.sampling import (
 )
 from proxy.api.schemas import CompletionBody, openapi_body, validate
 from proxy.api.service import Service, new_id, unix_now
+from proxy.api.sse import compact
 from proxy.api.submit import answer, submit
 from proxy.generation import Chunk, Route
 from proxy.text.choice import Piece
@@ -76,13 +76,9 @@ def completions_router(service: Service) -> APIRouter:
         discard = body.max_tokens == 0
         asked = 1 if discard else body.max_tokens
         budgets = [token_budget(asked, len(p.tokens), facts.max_model_len, "prompt") for p in prompts]
-        params = sampling_params(
-            body, service.tokenizer, max(budgets), body.logprobs, body.logprobs if echo else None
-        )
+        params = sampling_params(body, service.tokenizer, max(budgets), body.logprobs, body.logprobs if echo else None)
         options = text_options(body)
-        choices = [
-            options.choice(service.tokenizer, p.tokens, len(p.echo)) for p in prompts for _ in range(n)
-        ]
+        choices = [options.choice(service.tokenizer, p.tokens, len(p.echo)) for p in prompts for _ in range(n)]
         envelope = Envelope(new_id("cmpl"), unix_now(), service.model_name)
         usage = Usage(prompt_tokens=sum(len(p.tokens) for p in prompts))
         shape = Shape(tuple(prompts), n, echo, body.logprobs is not None)
@@ -130,9 +126,7 @@ def given_prompts(prompt: Any, n: int) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if not isinstance(prompt, list) or not prompt:
-        raise RequestError(
-            400, "prompt must be a text, a list of token ids, or a list of either.", param="prompt"
-        )
+        raise RequestError(400, "prompt must be a text, a list of token ids, or a list of either.", param="prompt")
     if type(prompt[0]) is int:
         return [_token_ids(prompt, "prompt")]
     if len(prompt) * n > MAX_CHOICES_IN_ALL:
@@ -203,7 +197,7 @@ class CompletionStream:
         if self._shape.logprobs:
             lists = token_logprobs(self._shape, self._tokenizer, choice, chunk, piece, first=first)
             show = show or bool(lists["tokens"])
-            rest = f',"logprobs":{json.dumps(lists, ensure_ascii=False)},"finish_reason":null}}'
+            rest = f',"logprobs":{compact(lists)},"finish_reason":null}}'
         if show:
             frames = self._frames.text(self._heads[choice], text, rest)
         if piece.finish is not None:
@@ -246,7 +240,7 @@ class CompletionDocument:
             "choices": [self._choice(i) for i in range(len(self._texts))],
             "usage": self._usage.object(),
         }
-        return json.dumps(document, ensure_ascii=False).encode()
+        return compact(document).encode()
 
     def _choice(self, choice: int) -> dict[str, Any]:
         return {

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from proxy.api.answer import Usage, route_fields
 from proxy.api.schemas import GenerationBody
-from proxy.api.sse import DONE, quoted
+from proxy.api.sse import DONE, compact, quoted
 from proxy.generation import Route
 
 
@@ -30,17 +29,13 @@ class Frames:
 
     __slots__ = ("_continuous", "_end", "_head", "_include_usage", "_show_route", "_usage")
 
-    def __init__(
-        self, envelope: Envelope, kind: str, body: GenerationBody, usage: Usage, *, show_route: bool
-    ) -> None:
+    def __init__(self, envelope: Envelope, kind: str, body: GenerationBody, usage: Usage, *, show_route: bool) -> None:
         """`show_route`: the last frame tells which workers served, with or without usage."""
         options = body.stream_options
-        self._head = "data: " + json.dumps(envelope.object(kind), ensure_ascii=False)[:-1] + ',"choices":['
+        self._head = "data: " + compact(envelope.object(kind))[:-1] + ',"choices":['
         self._usage = usage
         self._include_usage = options is not None and bool(options.include_usage)
-        self._continuous = (
-            self._include_usage and options is not None and bool(options.continuous_usage_stats)
-        )
+        self._continuous = self._include_usage and options is not None and bool(options.continuous_usage_stats)
         self._show_route = show_route
         self._end = "]" + (',"usage":null' if self._include_usage else "") + "}\n\n"
 
@@ -61,9 +56,9 @@ class Frames:
             fields["kvmesh"] = {**route_fields(routes), "cached_tokens": self._usage.cached_tokens}
         if not fields:
             return DONE
-        return (self._head + "]," + json.dumps(fields)[1:] + "\n\n").encode() + DONE
+        return (self._head + "]," + compact(fields)[1:] + "\n\n").encode() + DONE
 
     def _closing(self) -> str:
         if not self._continuous:
             return self._end
-        return f'],"usage":{json.dumps(self._usage.object())}}}\n\n'
+        return f'],"usage":{compact(self._usage.object())}}}\n\n'

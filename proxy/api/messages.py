@@ -33,9 +33,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise RequestError(400, f"{where} must be an object.", param=where)
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise RequestError(
-            400, f"{where}.role must be one of {', '.join(sorted(ROLES))}.", param=f"{where}.role"
-        )
+        raise RequestError(400, f"{where}.role must be one of {', '.join(sorted(ROLES))}.", param=f"{where}.role")
     result: dict[str, Any] = {"role": role}
     calls = message.get("tool_calls")
     if calls:

@@ -115,9 +115,7 @@ class BodyLimit:
         await self._app(scope, limited, send)
 
     def _too_large(self) -> RequestError:
-        return RequestError(
-            413, f"The request body is larger than {self._limit} bytes.", code="request_too_large"
-        )
+        return RequestError(413, f"The request body is larger than {self._limit} bytes.", code="request_too_large")
 
 
 def request_label(given: str | None) -> str:

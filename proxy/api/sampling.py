@@ -116,9 +116,7 @@ def stop_strings(stop: Any) -> tuple[str, ...]:
     if len(stops) > MAX_STOPS:
         raise RequestError(400, f"stop may hold at most {MAX_STOPS} strings.", param="stop")
     if not all(0 < len(s) <= MAX_STOP_CHARS for s in stops):
-        raise RequestError(
-            400, f"A stop string must have between 1 and {MAX_STOP_CHARS} characters.", param="stop"
-        )
+        raise RequestError(400, f"A stop string must have between 1 and {MAX_STOP_CHARS} characters.", param="stop")
     return tuple(stops)
 
 
@@ -133,13 +131,9 @@ def logit_bias(bias: Any, vocab_size: int) -> tuple[tuple[int, float], ...]:
     pairs: dict[int, float] = {}
     for key, value in bias.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < vocab_size):
-            raise RequestError(
-                400, f"logit_bias: {key[:20]!r} is no token id below {vocab_size}.", param="logit_bias"
-            )
+            raise RequestError(400, f"logit_bias: {key[:20]!r} is no token id below {vocab_size}.", param="logit_bias")
         if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
-            raise RequestError(
-                400, "logit_bias: a bias must be a number from -100 to 100.", param="logit_bias"
-            )
+            raise RequestError(400, "logit_bias: a bias must be a number from -100 to 100.", param="logit_bias")
         pairs[int(key)] = float(value)
     return tuple(sorted(pairs.items()))
 
@@ -162,9 +156,7 @@ def check_min_tokens(min_tokens: int | None, max_tokens: int | None) -> None:
 
 def _stop_token_ids(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[int, ...]:
     if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise RequestError(
-            400, f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids.", param="stop_token_ids"
-        )
+        raise RequestError(400, f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids.", param="stop_token_ids")
     if any(i >= tokenizer.vocab_size for i in ids):
         raise RequestError(
             400, f"stop_token_ids must be token ids below {tokenizer.vocab_size}.", param="stop_token_ids"

@@ -56,9 +56,7 @@ class Service:
 
     def check_model(self, name: str) -> None:
         if name != self.model_name:
-            raise RequestError(
-                404, f"The model {name[:100]!r} does not exist.", code="model_not_found", param="model"
-            )
+            raise RequestError(404, f"The model {name[:100]!r} does not exist.", code="model_not_found", param="model")
 
     def facts(self) -> ModelFacts:
         """What the workers serve; raises `RequestError` 503 while there is none."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from json.encoder import encode_basestring
 from time import perf_counter
+from typing import Any
 
 from starlette.types import Send
 
@@ -23,6 +25,11 @@ HEADERS = (
 def quoted(text: str) -> str:
     """`text` as a JSON string; the standard library's C encoder, without the detour of `dumps`."""
     return encode_basestring(text)
+
+
+def compact(value: Any) -> str:
+    """`value` as JSON without spaces."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def error_frames(error: RequestError) -> bytes:

@@ -26,9 +26,7 @@ class Detokenizer(Protocol):
         """What is left when no token follows: U+FFFD for an incomplete character."""
 
 
-def detokenizer(
-    tokenizer: Tokenizer, prompt: Sequence[int], *, skip_special_tokens: bool = True
-) -> Detokenizer:
+def detokenizer(tokenizer: Tokenizer, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizer:
     """A detokenizer for the text that continues `prompt`."""
     if tokenizer.byte_level:
         return ByteDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
@@ -59,9 +57,7 @@ class StreamDetokenizer:
 
     __slots__ = ("_after_restart", "_bytes", "_held", "_skip", "_special", "_stream", "_tokenizer")
 
-    def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._bytes = tokenizer.token_bytes
         self._skip = skip_special_tokens

@@ -55,9 +55,7 @@ def test_redis_may_die_and_return_under_load(tmp_path: Path) -> None:
             tmp_path, DEMO, prefill=1, decode=1, flags=FLAGS, store=f"redis://127.0.0.1:{port}/0"
         ) as service:
             stop, errors, done = threading.Event(), list[str](), list[int]()
-            threads = [
-                threading.Thread(target=keep_asking, args=(service, i, stop, errors, done)) for i in range(6)
-            ]
+            threads = [threading.Thread(target=keep_asking, args=(service, i, stop, errors, done)) for i in range(6)]
             for thread in threads:
                 thread.start()
             wait_until(lambda: len(done) > 10 or bool(errors), "answers with Redis")

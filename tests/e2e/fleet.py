@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +22,17 @@ from engine.engine import Engine, EngineConfig
 from engine.runner import ModelRunner
 from engine.sim_engine import SimRunner
 from kvtransfer.endpoint import KvEndpoint
+from kvtransfer.transports.local import Exchange
 from mesh import host
 from mesh.messages import BlockEvents, WorkerInfo
 from mesh.params import SamplingParams
 from mesh.residency import open_publisher
-from mesh.settings import ProxySettings
 from prefill.role import PrefillRole
-from proxy.dispatcher import ProxyDispatcher
+from proxy.control import ControlSocket
+from proxy.dispatcher import MeshDispatcher
+from proxy.fleet import Fleet as ProxyFleet
 from proxy.generation import Chunk, GenerateRequest
+from proxy.routing.residency import LocalResidency
 from worker.metrics import WorkerMetrics
 from worker.process import Station, WorkerProcess
 
@@ -70,6 +72,34 @@ class FleetWorker:
 
 
 @dataclass(slots=True)
+class Door:
+    """The proxy without its HTTP side."""
+
+    fleet: ProxyFleet
+    control: ControlSocket
+    dispatcher: MeshDispatcher
+
+    @classmethod
+    async def open(cls, address: str, disaggregate_above: int) -> Door:
+        loop = asyncio.get_running_loop()
+        known = ProxyFleet(LocalResidency(), time.monotonic, loop.call_soon)
+        control = ControlSocket("proxy-0", time.time_ns(), host.identity(), known)
+        dispatcher = MeshDispatcher(known, time.monotonic, max_requests=1000, disaggregate_above=disaggregate_above)
+        known.connect(control, dispatcher)
+        control.bind(address)
+        control.start()
+        dispatcher.start()
+        return cls(known, control, dispatcher)
+
+    async def close(self) -> None:
+        self.dispatcher.close()
+        self.control.close()
+
+    async def count(self, role: str) -> int:
+        return sum(worker.info.role == role for worker in self.fleet.pool.routable())
+
+
+@dataclass(slots=True)
 class Fleet:
     """Submit from the test's thread; the dispatcher runs on an event loop of its own."""
 
@@ -77,7 +107,8 @@ class Fleet:
     load: Callable[[], ModelRunner | SimRunner]
     shape: Shape
     loop: asyncio.AbstractEventLoop
-    dispatcher: ProxyDispatcher
+    door: Door
+    exchange: Exchange = field(default_factory=Exchange)
     context: zmq.Context[zmq.Socket[bytes]] = field(default_factory=zmq.Context)
     workers: dict[str, FleetWorker] = field(default_factory=dict)
     _count: int = 0
@@ -96,6 +127,7 @@ class Fleet:
             layout=runner.layout,
             transports=shape.transports,
             clock=time.monotonic,
+            exchange=self.exchange,
         )
         info = WorkerInfo(
             worker_id=name,
@@ -135,7 +167,7 @@ class Fleet:
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Answer]]:
         """All prompts at once; per prompt, its choices."""
-        return self._call(self._generate_all([list(p) for p in prompts], params, n))
+        return self.call(self._generate_all([list(p) for p in prompts], params, n))
 
     async def _generate_all(self, prompts: list[list[int]], params: SamplingParams, n: int) -> list[list[Answer]]:
         return list(await asyncio.gather(*(self._one(prompt, params, n) for prompt in prompts)))
@@ -144,7 +176,7 @@ class Fleet:
         self._count += 1
         request = GenerateRequest(f"request-{self._count}", tuple(prompt), params, n, TIMEOUT_S)
         answers = [Answer([], [], "") for _ in range(n)]
-        async for chunks in self.dispatcher.submit(request):
+        async for chunks in self.door.dispatcher.submit(request):
             for chunk in chunks:
                 answers[chunk.choice] = _extend(answers[chunk.choice], chunk)
         return answers
@@ -160,12 +192,9 @@ class Fleet:
 
     def wait_for(self, role: str, count: int) -> None:
         end = time.monotonic() + TIMEOUT_S
-        while self._call(self._known(role)) != count:
+        while self.call(self.door.count(role)) != count:
             assert time.monotonic() < end, f"not {count} {role} workers"
             time.sleep(0.01)
-
-    async def _known(self, role: str) -> int:
-        return self.dispatcher.workers().get(role, 0)
 
     def stop(self) -> None:
         for worker in self.workers.values():
@@ -175,9 +204,8 @@ class Fleet:
             assert not worker.thread.is_alive(), f"{worker.name} does not end"
         self.context.term()
 
-    def _call(self, coroutine: Any) -> Any:
-        future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        return future.result(TIMEOUT_S)
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return on_loop(self.loop, coroutine)
 
 
 def _extend(answer: Answer, chunk: Chunk) -> Answer:
@@ -212,11 +240,9 @@ def fleet(
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="proxy-loop")
     thread.start()
-    settings = ProxySettings(control=f"ipc://{directory}/control", disaggregate_above=disaggregate_above)
-    dispatcher = ProxyDispatcher(settings)
-    running = Fleet(directory, load, shape, loop, dispatcher)
+    door = on_loop(loop, Door.open(f"ipc://{directory}/control", disaggregate_above))
+    running = Fleet(directory, load, shape, loop, door)
     try:
-        running._call(_started(dispatcher))
         for role, count in (("prefill", prefill), ("decode", decode)):
             for i in range(count):
                 running.start(role, f"{role}-{i}")
@@ -225,15 +251,11 @@ def fleet(
         yield running
     finally:
         running.stop()
-        running._call(_closed(dispatcher))
+        on_loop(loop, door.close())
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
 
 
-async def _started(dispatcher: ProxyDispatcher) -> None:
-    dispatcher.start()
-
-
-async def _closed(dispatcher: ProxyDispatcher) -> None:
-    await dispatcher.close()
+def on_loop(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run_coroutine_threadsafe(coroutine, loop).result(TIMEOUT_S)

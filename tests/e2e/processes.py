@@ -68,8 +68,9 @@ class Worker:
         return float("nan")
 
     @property
-    def steps(self) -> float:
-        return self.metric("vllm:iteration_tokens_total_count")
+    def registered(self) -> bool:
+        status, text = fetch(f"http://127.0.0.1:{self.metrics_port}/health")
+        return status == 200 and json.loads(text)["proxies"] > 0
 
 
 @dataclass(slots=True)
@@ -108,17 +109,11 @@ class Deployment:
         self.workers[name] = Worker(name, role, port, process)
         return self.workers[name]
 
-    def wait_ready(self, workers: int | None = None) -> None:
-        """Until the proxy is ready and every worker's health answers."""
+    def wait_ready(self) -> None:
+        """Until the proxy is ready and knows every worker."""
         wait_until(lambda: fetch(f"{self.url}/ready")[0] == 200, f"ready: {self._logs()}", READY_S)
-        for worker in list(self.workers.values())[:workers]:
-            wait_until(
-                lambda w=worker: fetch(f"http://127.0.0.1:{w.metrics_port}/health")[0] == 200,  # type: ignore[misc]
-                f"{worker.name} healthy: {self._logs()}",
-                READY_S,
-            )
-        expected = {role: sum(w.role == role for w in self.workers.values()) for role in ("prefill", "decode", "both")}
-        wait_until(lambda: self._pools() == expected, f"all registered: {self._logs()}", READY_S)
+        for worker in self.workers.values():
+            wait_until(lambda w=worker: w.registered, f"{worker.name}: {self._logs()}", READY_S)  # type: ignore[misc]
 
     def kill(self, name: str) -> None:
         process = self.workers[name].process
@@ -154,11 +149,6 @@ class Deployment:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-    def _pools(self) -> dict[str, int]:
-        status, text = fetch(f"{self.url}/ready")
-        pools: dict[str, int] = json.loads(text).get("workers", {}) if status == 200 else {}
-        return {role: pools.get(role, 0) for role in ("prefill", "decode", "both")}
 
     def _ipc(self, name: str) -> str:
         return f"ipc://{self.directory}/{name}"

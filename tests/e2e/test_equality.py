@@ -44,7 +44,7 @@ def prompts() -> list[list[int]]:
 @cache
 def reference(directory: Path) -> list[tuple[list[int], list[float]]]:
     """Greedy continuations of all prompts by transformers, in float32, with log-probabilities."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     answers = []
     with torch.inference_mode():
         for prompt in prompts():
@@ -88,13 +88,13 @@ def assert_equal(answers: list[list[Answer]], expected: list[tuple[list[int], li
         assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
 
 
-def check(
-    directory: Path, tmp_path: Path, shape: Shape, *, prefill: int, decode: int
-) -> None:
+def check(directory: Path, tmp_path: Path, shape: Shape, *, prefill: int, decode: int) -> None:
     expected = reference(directory)
     with fleet(tmp_path, loader(directory, shape), shape, prefill=prefill, decode=decode) as running:
         assert_equal(running.generate(prompts(), GREEDY), expected)
         assert_equal(running.generate(prompts(), GREEDY), expected)  # now with prefix hits
+        carried = {t for w in running.workers.values() for t, size in w.kv.stats().bytes_in.items() if size}
+        assert carried == ({shape.transports[0]} if prefill else set())
         running.assert_quiet()
 
 
@@ -128,9 +128,7 @@ TRANSPORTS = {
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_every_transport_carries_the_same_blocks(
-    transport: str, models: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_every_transport_carries_the_same_blocks(transport: str, models: Callable[[str], Path], tmp_path: Path) -> None:
     check(models("llama3"), tmp_path, TRANSPORTS[transport], prefill=1, decode=1)
 
 
@@ -170,9 +168,7 @@ def test_sampled_tokens_do_not_depend_on_batch_or_topology(
         assert [sampled(running, [prompt])[0] for prompt in prompts()[:16]] == sampled_alone
 
 
-def test_choices_of_one_prompt_are_what_each_would_be_alone(
-    models: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_choices_of_one_prompt_are_what_each_would_be_alone(models: Callable[[str], Path], tmp_path: Path) -> None:
     shape = Shape()
     params = SamplingParams(max_tokens=8, temperature=1.0, seed=5)
     with fleet(tmp_path, loader(models("llama3"), shape), shape, prefill=1, decode=1) as running:

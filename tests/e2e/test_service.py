@@ -39,7 +39,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 async def one_stream(client: AsyncOpenAI, model: str, number: int) -> tuple[str, list[str], int]:
     """Text, finish reasons and the usage's completion tokens of one stream."""
     prompt = [65 + (number + i) % 26 for i in range(1 + 7 * (number % 40))]
-    text, finishes, tokens = "", [], 0
+    text, tokens = "", 0
+    finishes: list[str] = []
     stream = await client.completions.create(
         model=model,
         prompt=prompt,

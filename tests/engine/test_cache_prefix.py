@@ -6,6 +6,7 @@ import pytest
 
 from engine.errors import IntegrityError
 from mesh import blockhash
+from mesh.params import SamplingParams
 from tests.engine.sim_requests import (
     BLOCK,
     ROOT,
@@ -160,19 +161,23 @@ def test_a_tail_does_not_change_while_its_request_decodes_on() -> None:
     assert e.export(tail.hash) == before
 
 
-def test_blocks_computed_twice_at_once_stay_exportable_when_one_copy_goes() -> None:
-    e = engine(budget=64)
-    e.expect(request("f", prompt(8), 2))
-    held = prefill("a", prompt(8))
-    held.order = 0
-    e.add(held)
-    names = [name for output in steps(e) for name in output.stored]
-    e.abort("f")
+def test_a_block_computed_twice_stays_exportable_when_the_first_copy_is_evicted() -> None:
+    e = engine(num_blocks=6)
+    e.add(prefill("a", prompt(8)))
+    name = ready_blocks(steps(e))[1].hash
+    b = prefill("b", prompt(8))
+    b.params = SamplingParams(max_tokens=4, prompt_logprobs=0)  # computes what is cached
+    e.add(b)
     steps(e)
-    e.check()
-    assert len(e.snapshot()) == len(set(e.snapshot()))
-    assert names == []
-    assert all(e.export(r) is not None for r in e.snapshot())
+    assert e.load().held_blocks == 4
+    content = e.export(name)
+    e.release("a")
+    e.add(request("c", prompt(14, 1), 3))
+    run(e)
+    assert e.load().held_blocks == 2
+    assert e.export(name) == content
+    e.release("b")
+    idle(e)
 
 
 def test_check_finds_a_page_that_nobody_returned() -> None:

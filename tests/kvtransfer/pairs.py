@@ -191,6 +191,6 @@ def connected(
     try:
         yield pair
     finally:
-        for side in pair.sides:
+        for side in (fetcher, holder):
             side.endpoint.close()
         context.term()
