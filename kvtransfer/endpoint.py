@@ -71,6 +71,7 @@ class KvEndpoint:
         self.layout = layout
         self._clock = clock
         self._events: list[Event] = []
+        self._closed = False
         self._counters = Counters()
         opened = open_transports(transports, host=host, block_bytes=layout.block_bytes, exchange=exchange)
         self._transports = {name: wrap(transport) for name, transport in opened.items()}
@@ -188,7 +189,10 @@ class KvEndpoint:
         )
 
     def close(self) -> None:
-        """Closes every socket and segment; the peers find out at once."""
+        """Closes every socket and segment; the peers find out at once. Twice is once."""
+        if self._closed:
+            return
+        self._closed = True
         self._fetcher.close()
         self._holder.close()
         self._close_transports()

@@ -10,7 +10,7 @@ import zmq
 from kvtransfer import fetching
 from kvtransfer import fetching_state as fs
 from kvtransfer.events import BlockArrived, Counters, Event, FetchEnded, Noted
-from kvtransfer.integrity import is_intact
+from kvtransfer.integrity import is_intact, seal, unseal
 from kvtransfer.messages import BlockHeader, Blocks, Offer, SlotsReturned
 from kvtransfer.protocol import MAX_CONTROL_BYTES, Wanted, window_blocks
 from kvtransfer.sockets import (
@@ -31,7 +31,7 @@ from kvtransfer.transports.inline import NAME as INLINE
 from mesh.errors import BadFrame
 from mesh.layout import KvLayout
 from mesh.messages import Peer
-from mesh.wire import Envelope, decode, encode
+from mesh.wire import Envelope
 
 RECEIVE_BUDGET = 64
 """Messages read from a connection at once: up to 64 MiB, some ten milliseconds."""
@@ -182,7 +182,7 @@ class Fetcher:
 
     def _send(self, link: Link, message: object) -> None:
         try:
-            send(link.dealer, (encode(message, self._me, link.state.holder),), None)
+            send(link.dealer, (seal(message, self._me, link.state.holder),), None)
         except zmq.ZMQError:  # the queue is full: the lease or the next `Standing` will tell
             self._counters.drop("backlog")
 
@@ -216,7 +216,7 @@ class Fetcher:
             self._counters.drop("frames")
             return
         try:
-            envelope = decode(head)
+            envelope = unseal(head)
         except BadFrame:
             self._counters.drop("bad_frame")
             return

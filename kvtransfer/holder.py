@@ -11,7 +11,7 @@ import zmq
 from kvtransfer import holding
 from kvtransfer import holding_state as hs
 from kvtransfer.events import Counters, Event, NeedBlocks, StreamReleased, WantedChanged
-from kvtransfer.integrity import digest
+from kvtransfer.integrity import digest, seal, unseal
 from kvtransfer.messages import BlockHeader, Blocks, Offer, SlotsReturned, Standing
 from kvtransfer.protocol import MAX_CONTROL_BYTES, Wanted
 from kvtransfer.sockets import (
@@ -28,7 +28,7 @@ from kvtransfer.transports.choice import choose
 from kvtransfer.transports.inline import NAME as INLINE
 from mesh.errors import BadFrame
 from mesh.layout import KvLayout
-from mesh.wire import Envelope, decode, encode
+from mesh.wire import Envelope
 
 RECEIVE_BUDGET = 256
 """Messages read from a socket at once, so that one busy peer does not keep the I/O thread from the others."""
@@ -104,7 +104,7 @@ class Holder:
             self._load(effect)
         elif isinstance(effect, hs.Send):
             self._flush_link(effect.link)  # what was produced before a message arrives before it
-            self._send(effect.link, encode(effect.message, self._me, self._fetcher_of(effect.link)), None)
+            self._send(effect.link, seal(effect.message, self._me, self._fetcher_of(effect.link)), None)
         elif isinstance(effect, hs.Need):
             self._emit(NeedBlocks(effect.stream, effect.names))
         elif isinstance(effect, hs.WantsChanged):
@@ -173,7 +173,7 @@ class Holder:
             self._owner[slot] = key
         message = Blocks(parcel.transfer_id, parcel.attempt, place, headers)
         self._counters.sent(transport.name, parcel.size, len(parcel.blocks))
-        self._send(parcel.link, encode(message, self._me, parcel.fetcher), posted.frame)
+        self._send(parcel.link, seal(message, self._me, parcel.fetcher), posted.frame)
 
     def _send(self, link: bytes, frame: bytes, payload: Payload | None) -> None:
         try:
@@ -213,7 +213,7 @@ class Holder:
                 self._counters.drop("frames")
                 continue
             try:
-                envelope = decode(frames[1])
+                envelope = unseal(frames[1])
             except BadFrame:
                 self._counters.drop("bad_frame")
                 continue
@@ -238,7 +238,7 @@ class Holder:
         if self._probes and self._clock() >= self._probe_at:
             self._probes, self._probe_at = self._probes - 1, self._clock() + PROBE_S
             for link, lease in self.state.leases.items():
-                self._send(link, encode(Standing(0, ()), self._me, lease.fetcher), None)
+                self._send(link, seal(Standing(0, ()), self._me, lease.fetcher), None)
         self.flush()
 
     def close(self) -> None:

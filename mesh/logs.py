@@ -1,6 +1,7 @@
 """Log lines: for people on a terminal, JSON otherwise; one line per record, secrets removed.
 
-A JSON line has `ts` (seconds since the epoch), `level`, `logger`, `msg`, `worker`, and what the call passed as `extra={"fields": {...}}`, e.g. `request_id`.
+A JSON line has `ts` (seconds since the epoch), `level`, `logger`, `msg`, `worker`, and what the call passed as
+`extra={"fields": {...}}`, e.g. `request_id`.
 """
 
 from __future__ import annotations

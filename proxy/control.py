@@ -82,16 +82,20 @@ class ControlSocket:
 
     def bind(self, address: str) -> None:
         """Raises `StartupError`. A `tcp` port of 0 or `*` is chosen; `self.address` is what workers dial."""
-        if not (address.startswith("ipc://") and len(address) > 6) and not LOOPBACK.fullmatch(address):
-            raise StartupError(
-                f"--control {address}: only ipc://PATH and a loopback tcp://127.0.0.1:PORT are accepted, because "
-                "the control connection is not encrypted",
-                EXIT_USAGE,
-            )
         try:
+            if not (address.startswith("ipc://") and len(address) > 6) and not LOOPBACK.fullmatch(address):
+                raise StartupError(
+                    f"--control {address}: only ipc://PATH and a loopback tcp://127.0.0.1:PORT are accepted, because "
+                    "the control connection is not encrypted",
+                    EXIT_USAGE,
+                )
             self._socket.bind(re.sub(r":0$", ":*", address))
         except zmq.ZMQError as error:
+            self.close()
             raise StartupError(f"--control {address}: {error.strerror}", EXIT_PORT) from None
+        except StartupError:
+            self.close()
+            raise
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def start(self) -> None:

@@ -208,12 +208,17 @@ def refuse_unsupported(extra: dict[str, Any]) -> None:
         if extra.get(name) is not None:
             raise unsupported(name, "it is not part of the public API")
     for name in UNSUPPORTED_PARAMETERS:
-        if extra.get(name) not in (None, False, "", [], {}):
+        if not _is_off(extra.get(name)):
             raise unsupported(name)
     for name, harmless in HARMLESS.items():
         value = extra.get(name)
         if value is not None and value not in harmless:
             raise unsupported(name)
+
+
+def _is_off(value: Any) -> bool:
+    """Null, false or empty; 0 is a number and asks for something."""
+    return value is None or value is False or value in ("", [], {})
 
 
 def openapi_body(kind: type[GenerationBody]) -> dict[str, Any]:

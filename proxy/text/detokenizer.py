@@ -83,11 +83,11 @@ class StreamDetokenizer:
         if not text:
             self._held.append(token)
             return self._restart() if len(self._held) > MAX_HELD_TOKENS else ""
-        self._held.clear()
         if self._after_restart:
             self._after_restart = False
-            if self._bytes(token).startswith(b" ") and not text.startswith(" "):
+            if not self._held and self._bytes(token).startswith(b" ") and not text.startswith(" "):
                 text = " " + text
+        self._held.clear()
         return text
 
     def flush(self) -> str:

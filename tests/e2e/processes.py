@@ -32,12 +32,12 @@ def free_port() -> int:
     return port
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout: float = 30.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str | Callable[[], str], timeout: float = 30.0) -> None:
     """Polls a condition of another process; fails with what was waited for."""
     end = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > end:
-            raise AssertionError(f"not within {timeout} s: {what}")
+            raise AssertionError(f"not within {timeout} s: {what if isinstance(what, str) else what()}")
         time.sleep(POLL_S)
 
 
@@ -82,6 +82,7 @@ class Deployment:
     store: str = "memory"
     proxy: subprocess.Popen[bytes] | None = None
     workers: dict[str, Worker] = field(default_factory=dict)
+    _client: OpenAI | None = None
 
     @property
     def url(self) -> str:
@@ -89,7 +90,10 @@ class Deployment:
 
     @property
     def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=60)
+        """One for the deployment's life, closed by `stop`."""
+        if self._client is None:
+            self._client = OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=60)
+        return self._client
 
     @property
     def model_name(self) -> str:
@@ -111,9 +115,9 @@ class Deployment:
 
     def wait_ready(self) -> None:
         """Until the proxy is ready and knows every worker."""
-        wait_until(lambda: fetch(f"{self.url}/ready")[0] == 200, f"ready: {self._logs()}", READY_S)
+        wait_until(lambda: fetch(f"{self.url}/ready")[0] == 200, lambda: f"ready: {self._logs()}", READY_S)
         for worker in self.workers.values():
-            wait_until(lambda w=worker: w.registered, f"{worker.name}: {self._logs()}", READY_S)  # type: ignore[misc]
+            wait_until(lambda w=worker: w.registered, lambda w=worker: f"{w.name}: {self._logs()}", READY_S)  # type: ignore[misc]
 
     def kill(self, name: str) -> None:
         process = self.workers[name].process
@@ -123,23 +127,25 @@ class Deployment:
 
     def stream(self, prompt: Sequence[int], max_tokens: int, **more: object) -> Iterator[str]:
         """Texts of a streamed completion of token ids."""
-        events = self.client.completions.create(
+        with self.client.completions.create(
             model=self.model_name,
             prompt=list(prompt),
             max_tokens=max_tokens,
             stream=True,
             **more,  # type: ignore[call-overload]
-        )
-        for event in events:
-            for choice in event.choices:
-                yield choice.text
+        ) as events:
+            for event in events:
+                for choice in event.choices:
+                    yield choice.text
 
     def assert_quiet(self) -> None:
         """Nothing is left anywhere: no request, hold, transfer; free + cached = total on every worker."""
         for worker in self.workers.values():
-            wait_until(lambda w=worker: _quiet(w), f"{worker.name} quiet: {_state(worker)}", 20)  # type: ignore[misc]
+            wait_until(lambda w=worker: _quiet(w), lambda w=worker: f"{w.name}: {_state(w)}", 20)  # type: ignore[misc]
 
     def stop(self) -> None:
+        if self._client is not None:
+            self._client.close()
         processes = [w.process for w in self.workers.values()] + ([self.proxy] if self.proxy else [])
         for process in processes:
             process.terminate()
@@ -154,11 +160,11 @@ class Deployment:
         return f"ipc://{self.directory}/{name}"
 
     def _spawn(self, module: str, arguments: list[str], name: str) -> subprocess.Popen[bytes]:
-        log = (self.directory / f"{name}.log").open("ab")
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        return subprocess.Popen(
-            [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log
-        )
+        with (self.directory / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log
+            )
 
     def _logs(self) -> str:
         return "\n".join(f"--- {p.name}\n{p.read_text()[-1500:]}" for p in self.directory.glob("*.log"))
@@ -181,8 +187,10 @@ def _state(worker: Worker) -> dict[str, float]:
 
 
 def _quiet(worker: Worker) -> bool:
+    _, text = fetch(f"http://127.0.0.1:{worker.metrics_port}/metrics")
+    total = re.search(r'num_gpu_blocks="(\d+)"', text)
     free, cached = (worker.metric("kvmesh_kv_blocks", state=s) for s in ("free", "cached"))
-    return all(v == 0 for v in _state(worker).values()) and free + cached == worker.metric("kvmesh_kv_blocks_capacity")
+    return all(v == 0 for v in _state(worker).values()) and total is not None and free + cached == int(total[1])
 
 
 @contextmanager

@@ -99,7 +99,7 @@ class World:
         assert self.known == set(self.target.snapshot())
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_operations_keep_tokens_and_books_right(seed: int) -> None:
     rng = Random(seed)
     world = World(
@@ -113,7 +113,7 @@ def test_random_operations_keep_tokens_and_books_right(seed: int) -> None:
         ),
     )
     actions = [world.add, world.hand_over, world.fill, world.ready, world.abort, world.step]
-    for _ in range(1500):
+    for _ in range(4000):
         crowded = len(world.live) > 12
         weights = [0 if crowded else 3, 0 if crowded else 4, 8, 4, 1, 12]
         rng.choices(actions, weights)[0]()

@@ -13,13 +13,13 @@ import pytest
 import zmq
 
 from kvtransfer.endpoint import FetchEnded, KvEndpoint, StreamReleased, WantedChanged
+from kvtransfer.integrity import seal, unseal
 from kvtransfer.messages import Blocks, Fetch, Offer, Place, Renew, SlotsReturned, Standing
 from kvtransfer.protocol import ANSWER_S, MAX_INDEX
 from kvtransfer.transports.base import Payload, Posted, Transport, TransportFault
 from mesh.errors import EXIT_PORT, EXIT_USAGE, StartupError
 from mesh.layout import KvLayout
 from mesh.messages import Peer
-from mesh.wire import decode, encode
 from tests.kvtransfer.pairs import (
     LAYOUT,
     ROUTES,
@@ -36,13 +36,27 @@ from tests.kvtransfer.pairs import (
 T = transfer_id(1)
 
 
-class Damaging:
-    """Flips a bit of what the inner transport delivers, the first `times` times; or cannot deliver at all."""
+class Damage:
+    """What is wrong with an endpoint's receiving, over all its transports."""
 
-    def __init__(self, inner: Transport, times: int, *, fails: bool = False) -> None:
-        self.inner = inner
+    def __init__(self, times: int, *, stride: int = 1 << 30, fails: bool = False) -> None:
         self.times = times
+        """Messages that are damaged."""
+        self.stride = stride
+        """One bit is flipped in every so many bytes."""
         self.fails = fails
+        """Instead of damaged bytes there are none."""
+
+    def wrap(self, transport: Transport) -> Transport:
+        return Damaging(transport, self)
+
+
+class Damaging:
+    """A transport with `Damage` done to what it delivers."""
+
+    def __init__(self, inner: Transport, damage: Damage) -> None:
+        self.inner = inner
+        self.damage = damage
         self.name = inner.name
         self.scope = inner.scope
 
@@ -51,13 +65,14 @@ class Damaging:
 
     def take(self, place: Place, size: int, frame: Payload | None) -> Payload:
         payload = self.inner.take(place, size, frame)
-        if self.times == 0:
+        if self.damage.times == 0:
             return payload
-        self.times -= 1
-        if self.fails:
+        self.damage.times -= 1
+        if self.damage.fails:
             raise TransportFault("as asked")
         damaged = bytearray(payload)
-        damaged[len(damaged) // 2] ^= 0x10
+        for at in range(5, len(damaged), self.damage.stride):
+            damaged[at] ^= 0x10
         return bytes(damaged)
 
     def reclaim(self, slot: int, seq: int) -> None:
@@ -72,7 +87,7 @@ class Damaging:
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_damaged_block_is_fetched_again(tmp_path: Path, route: str) -> None:
-    with connected(tmp_path, route, wrap=lambda t: Damaging(t, 1)) as pair:
+    with connected(tmp_path, route, wrap=Damage(1).wrap) as pair:
         pair.holder.hold(range(4))
         pair.fetch(T, "", wanted(range(4)))
         ended = pair.finish(T)
@@ -84,7 +99,7 @@ def test_a_damaged_block_is_fetched_again(tmp_path: Path, route: str) -> None:
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_block_that_is_damaged_twice_is_missing_and_never_delivered(tmp_path: Path, route: str) -> None:
-    with connected(tmp_path, route, wrap=lambda t: Damaging(t, 10**9)) as pair:
+    with connected(tmp_path, route, wrap=Damage(10**9, stride=LAYOUT.block_bytes).wrap) as pair:
         pair.holder.hold(range(2))
         pair.fetch(T, "", wanted(range(2)))
         ended = pair.finish(T)
@@ -94,7 +109,7 @@ def test_a_block_that_is_damaged_twice_is_missing_and_never_delivered(tmp_path: 
 
 
 def test_a_transport_that_fails_is_replaced_by_the_connection(tmp_path: Path) -> None:
-    with connected(tmp_path, "shm", wrap=lambda t: Damaging(t, 1, fails=True)) as pair:
+    with connected(tmp_path, "shm", wrap=Damage(1, fails=True).wrap) as pair:
         pair.holder.hold(range(3))
         for number in (1, 2):
             pair.fetch(transfer_id(number), "", wanted(range(3)))
@@ -245,8 +260,8 @@ def hostile_frames() -> list[list[bytes]]:
         Renew(1, tuple(bytes([i % 256]) * 16 for i in range(5000))),
         SlotsReturned("shm", ((1, 1), (-1, 1 << 62))),
     ]
-    frames = [[encode(m, 99, 7)] for m in messages]
-    whole = encode(fetch, 99, 7)
+    frames = [[seal(m, 99, 7)] for m in messages]
+    whole = seal(fetch, 99, 7)
     frames += [[], [b""], [whole, b"extra"], [b"\xc1"], [os.urandom(100)], [whole[:-3]]]
     for _ in range(300):
         damaged = bytearray(whole)
@@ -276,12 +291,12 @@ def hostile_answers() -> list[list[bytes]]:
     return [
         [b"", b"x"],
         [b"\x93\x01"],
-        [encode(replace(block, place=Place("shm", "/etc/passwd", 0, 2)), 7, 9)],
-        [encode(replace(block, place=Place("rdma", "", 0, 2)), 7, 9), b"z"],
-        [encode(block, 7, 9), b"a", b"b"],
-        [encode(block, 6, 9), b""],
-        [encode(Standing(0, ()), 7, 8)],
-        [encode(Renew(1, ()), 7, 9)],
+        [seal(replace(block, place=Place("shm", "/etc/passwd", 0, 2)), 7, 9)],
+        [seal(replace(block, place=Place("rdma", "", 0, 2)), 7, 9), b"z"],
+        [seal(block, 7, 9), b"a", b"b"],
+        [seal(block, 6, 9), b""],
+        [seal(Standing(0, ()), 7, 8)],
+        [seal(Renew(1, ()), 7, 9)],
     ]
 
 
@@ -295,7 +310,7 @@ def test_hostile_answers_are_counted_and_dropped(tmp_path: Path) -> None:
         pair.sides = [fetcher]
         fetcher.endpoint.fetch(T, 1, Peer("p", 7, f"ipc://{tmp_path}/h", "here"), "s", wanted([0]), 60)
         link, frame = holder.recv_multipart()
-        assert decode(frame).message.stream == "s"
+        assert unseal(frame).message.stream == "s"
         for frames in hostile_answers():
             holder.send_multipart([link, *frames])
         pair.run(lambda: sum(fetcher.endpoint.stats().dropped.values()) >= len(hostile_answers()) - 1)

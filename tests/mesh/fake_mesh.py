@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -34,7 +34,7 @@ class Door(BaseHTTPRequestHandler):
         pass
 
 
-def work(name: str, model: Path) -> int:
+def work(name: str, model: Path, serve: Callable[[], None] = lambda: None) -> int:
     """Becomes ready and waits for SIGTERM."""
     asked = (signal.SIGTERM, signal.SIGUSR1)
     signal.pthread_sigmask(signal.SIG_BLOCK, asked)
@@ -47,6 +47,7 @@ def work(name: str, model: Path) -> int:
     report("weights", 0.5)
     (model / f"{name}.pid").write_text(str(os.getpid()))
     print("a plain line", flush=True)
+    serve()
     report("ready", 1.0, device="fake", blocks=7, block_tokens=16)
     while signal.sigwait(asked) != signal.SIGTERM or behaviour == "stubborn":
         print("ignored", flush=True)
@@ -62,9 +63,12 @@ def worker(argv: Sequence[str]) -> int:
 
 def proxy(argv: Sequence[str]) -> int:
     settings = options.parse(ProxySettings, argv)
-    server = HTTPServer((settings.host, settings.port), Door)
-    Thread(target=server.serve_forever, daemon=True).start()
-    return work("proxy", Path(settings.model))
+
+    def serve() -> None:
+        server = HTTPServer((settings.host, settings.port), Door)
+        Thread(target=server.serve_forever, daemon=True).start()
+
+    return work("proxy", Path(settings.model), serve)
 
 
 def up(argv: Sequence[str]) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from mesh.modeldir import DEMO_MODEL
 
@@ -15,8 +16,10 @@ TEXT = "Héllo 🙂\n\x00\ttokens  and   spaces"
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> AutoTokenizer:
-    return AutoTokenizer.from_pretrained(DEMO_MODEL)
+def tokenizer() -> PreTrainedTokenizerBase:
+    found = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    assert isinstance(found, PreTrainedTokenizerBase)
+    return found
 
 
 def test_it_is_small_and_has_a_card() -> None:
@@ -25,13 +28,13 @@ def test_it_is_small_and_has_a_card() -> None:
     assert json.loads((DEMO_MODEL / "config.json").read_text())["max_position_embeddings"] >= 4096
 
 
-def test_every_text_survives_its_tokens(tokenizer: AutoTokenizer) -> None:
+def test_every_text_survives_its_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     tokens = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     assert len(tokens) == len(TEXT.encode())
     assert tokenizer.decode(tokens) == TEXT
 
 
-def test_the_chat_template_opens_the_assistants_turn(tokenizer: AutoTokenizer) -> None:
+def test_the_chat_template_opens_the_assistants_turn(tokenizer: PreTrainedTokenizerBase) -> None:
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
@@ -40,8 +43,8 @@ def test_the_chat_template_opens_the_assistants_turn(tokenizer: AutoTokenizer) -
     assert special[:2] == [256, 258]
 
 
-def test_transformers_generates_with_it(tokenizer: AutoTokenizer) -> None:
-    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+def test_transformers_generates_with_it(tokenizer: PreTrainedTokenizerBase) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
     prompt = torch.tensor([tokenizer("Hello", add_special_tokens=False)["input_ids"]])
     output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
     new = output[0, prompt.shape[1] :].tolist()

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,18 +23,19 @@ PATIENCE_S = 30.0
 class Mesh:
     """A running launcher; its output is read line by line, which is also how a test waits."""
 
-    def __init__(self, model: Path, *flags: str) -> None:
+    def __init__(self, model: Path, temporary: Path, *flags: str) -> None:
         environ = {k: v for k, v in os.environ.items() if not k.startswith("KVMESH_")}
         command = [sys.executable, str(FAKE), "up", str(model), "--port", "0", "--store", "memory", *flags]
         self.process = subprocess.Popen(
             command,
-            env={**environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(model)},
+            env={**environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         self.model = model
+        self.temporary = temporary
 
     def screen(self) -> str:
         """The start screen, once it is printed."""
@@ -78,6 +80,11 @@ Start = Callable[..., Mesh]
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a mesh whose members behave as told."""
+    with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as short:
+        yield from started(tmp_path, Path(short))
+
+
+def started(tmp_path: Path, temporary: Path) -> Iterator[Start]:
     model = tmp_path / "tiny"
     model.mkdir()
     for name in ("config.json", "tokenizer.json"):
@@ -86,7 +93,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def begin(*flags: str, **behaviour: str) -> Mesh:
         (model / "behaviour.json").write_text(json.dumps({k.replace("_", "-"): v for k, v in behaviour.items()}))
-        running.append(Mesh(model, *flags))
+        running.append(Mesh(model, temporary, *flags))
         return running[-1]
 
     yield begin
@@ -107,7 +114,7 @@ def await_end(pid: int) -> None:
 
 
 def runtime_dirs(mesh: Mesh) -> list[Path]:
-    return list(mesh.model.glob("kvmesh-*"))
+    return list(mesh.temporary.glob("kvmesh-*"))
 
 
 def test_one_screen_says_what_runs(start: Start) -> None:

@@ -36,15 +36,14 @@ class Source:
     @property
     def imports(self) -> dict[str, int]:
         """Every dotted name imported, submodule or attribute, with its line."""
-        return {name: node.lineno for node in ast.walk(self.tree) for name in self._names(node)}
+        nodes = (n for n in ast.walk(self.tree) if isinstance(n, ast.Import | ast.ImportFrom))
+        return {name: node.lineno for node in nodes for name in self._names(node)}
 
-    def _names(self, node: ast.AST) -> list[str]:
+    def _names(self, node: ast.Import | ast.ImportFrom) -> list[str]:
         if isinstance(node, ast.Import):
             return [alias.name for alias in node.names]
-        if isinstance(node, ast.ImportFrom):
-            base = self._base(node)
-            return [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        return []
+        base = self._base(node)
+        return [base, *(f"{base}.{alias.name}" for alias in node.names)]
 
     def _base(self, node: ast.ImportFrom) -> str:
         if not node.level:
@@ -69,10 +68,8 @@ def wrong_layers(s: Source) -> list[str]:
     return [
         f"{s.module}:{line} imports {name}"
         for name, line in s.imports.items()
-        if (top := name.split(".")[0]) in ours
-        and top not in allowed
-        or top == "torch"
-        and s.package in NO_TORCH
+        if ((top := name.split(".")[0]) in ours and top not in allowed)
+        or (top == "torch" and s.package in NO_TORCH)
         or top in ("tests", "benchmarks")
     ]
 

@@ -38,7 +38,7 @@ def test_the_environment_of_the_tests_is_fine() -> None:
 def test_the_other_kernels_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install("kernels", "0.9.0", tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(StartupError, match="'kernels' 0.9.0 is installed") as caught:
+    with pytest.raises(StartupError, match=r"'kernels' 0\.9\.0 is installed") as caught:
         environment.check()
     assert caught.value.exit_code == EXIT_ENVIRONMENT
     assert "pip uninstall kernels" in str(caught.value)

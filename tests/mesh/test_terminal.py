@@ -41,7 +41,7 @@ USAGE = {
     "kvmesh": {"prefill": "prefill-0", "decode": "decode-1", "attempts": 2, "cached_tokens": 16},
 }
 HELLO = b": keep-alive\n\n" + b"".join(
-    map(event, [piece(""), piece("Hel"), piece("lo\x1b[2J", "stop"), USAGE, "[DONE]"])
+    event(e) for e in (piece(""), piece("Hel"), piece("lo\x1b[2J", "stop"), USAGE, "[DONE]")
 )
 
 

@@ -35,6 +35,8 @@ class Script:
     error: Exception | None = None
     """Raised before the chunk of token `fail_at`; None: the generation just ends there."""
     delay_s: float = 0.0
+    forget_prompt: bool = False
+    """No prompt logprobs come, although asked for."""
     together: bool = False
     """All choices' chunks of one step arrive as one list."""
 
@@ -80,7 +82,7 @@ class FakeGeneration:
         if params.logprobs is not None:
             logprobs = tuple(logprob_of(t, params.logprobs) for t in tokens)
         prompt: tuple[TokenLogprob | None, ...] = ()
-        if params.prompt_logprobs is not None and index == 0:
+        if params.prompt_logprobs is not None and index == 0 and not self.script.forget_prompt:
             prompt = (None, *(logprob_of(t, params.prompt_logprobs) for t in self.request.tokens[1:]))
         return Chunk(choice, index, tokens, logprobs, finish, prompt)
 

@@ -250,9 +250,7 @@ def test_setbacks_are_bounded() -> None:
         (Absence.RETURNING, True, lifecycle.WAIT_MID_STREAM_S, "worker_lost"),
     ],
 )
-def test_waiting_for_a_worker_has_a_limit(
-    absence: Absence, streaming: bool, patience: float, code: str
-) -> None:
+def test_waiting_for_a_worker_has_a_limit(absence: Absence, streaming: bool, patience: float, code: str) -> None:
     before: list[Event] = [assigned(), Deltas(P, delta(0, [7])), WorkerLost(D)] if streaming else []
     state, _ = run(*before)
     if patience:

@@ -1,0 +1,402 @@
+"""Requests through the dispatcher, over real sockets, with workers that the test plays."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mesh import blockhash
+from mesh.errors import RequestError
+from mesh.messages import Abort, BlockEvents, Decode, Goodbye, Prefill, PrefillReport
+from proxy.routing.admission import RETRY_FLOOR
+from tests.proxy.fake_worker import LAYOUT, FakeWorker, collect, request, running, tokens_of
+
+REPORT = PrefillReport(2, 0, 1, 0.0, 0.0, 0.0, 0, 0)
+
+
+def test_a_prompt_is_computed_and_decoded_by_one_worker(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            decode = await mesh.worker("d0", "decode")
+            generation = mesh.dispatcher.submit(request(seed=5))
+            job = await decode.expect(Decode)
+            assert (job.request_id, job.attempt, job.tokens, job.num_prompt_tokens) == ("r", 1, (1, 2, 3), 3)
+            assert (job.source, job.source_prefills, job.params.seed) == (None, False, 5)
+            assert 59 < job.deadline_s <= 60
+            decode.tokens(job, 0, [7], report=REPORT)
+            decode.tokens(job, 1, [8, 9], finish="stop")
+            assert await tokens_of(generation) == [7, 8, 9]
+            assert generation.route.decode == "d0"
+            assert generation.route.prefill is None
+            assert generation.route.cached_tokens == 2
+            assert mesh.dispatcher.live == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_long_prompt_goes_through_both_pools(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            prefill = await mesh.worker("p0", "prefill")
+            decode = await mesh.worker("d0", "decode")
+            generation = mesh.dispatcher.submit(request(tokens=range(50)))
+            first, second = await prefill.expect(Prefill), await decode.expect(Decode)
+            assert first.decode.worker_id == "d0"
+            assert second.source is not None
+            assert second.source.worker_id == "p0"
+            assert second.source.kv_address == prefill.info.kv_address
+            assert second.source_prefills
+            same = ("request_id", "attempt", "tokens", "num_prompt_tokens", "params", "hash_root")
+            assert all(getattr(first, name) == getattr(second, name) for name in same)
+            assert first.hash_root == blockhash.root(b"digest", LAYOUT)
+            prefill.tokens(first, 0, [7])
+            decode.tokens(second, 0, [7])
+            decode.tokens(second, 1, [8], finish="length")
+            assert await tokens_of(generation) == [7, 8]
+            assert generation.route.prefill == "p0"
+
+    asyncio.run(scenario())
+
+
+def test_a_salt_separates_the_blocks(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            decode = await mesh.worker("d0", "decode")
+            mesh.dispatcher.submit(replace(request(), cache_salt="mine"))
+            assert (await decode.expect(Decode)).hash_root == blockhash.root(b"digest", LAYOUT, salt="mine")
+
+    asyncio.run(scenario())
+
+
+def test_a_lost_decode_worker_is_replaced_mid_stream(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            workers = {w: await mesh.worker(w, "decode") for w in ("d0", "d1")}
+            generation = mesh.dispatcher.submit(request())
+            job = await workers["d0"].expect(Decode)
+            workers["d0"].tokens(job, 0, [7])
+            workers["d0"].tokens(job, 1, [8])
+            workers["d0"].send(Goodbye("killed"))
+            again = await workers["d1"].expect(Decode)
+            assert (again.attempt, again.tokens, again.num_prompt_tokens) == (2, (1, 2, 3, 7, 8), 3)
+            workers["d1"].tokens(again, 2, [9], finish="stop")
+            assert await tokens_of(generation) == [7, 8, 9]
+            assert generation.route.attempts == 2
+            assert mesh.dispatcher.retries == {"lost": 1}
+
+    asyncio.run(scenario())
+
+
+def test_a_lost_prefill_worker_is_replaced_before_the_decode_worker_runs(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, disaggregate_above=1) as mesh:
+            prefills = {w: await mesh.worker(w, "prefill") for w in ("p0", "p1")}
+            decode = await mesh.worker("d0", "decode")
+            mesh.dispatcher.submit(request())
+            job = await decode.expect(Decode)
+            assert job.source is not None
+            prefills[job.source.worker_id].send(Goodbye("killed"))
+            assert await decode.expect(Abort) == Abort("r", 1, "lost")
+            again = await decode.expect(Decode)
+            assert again.attempt == 2
+            assert again.source is not None
+            assert again.source.worker_id != job.source.worker_id
+            assert (await prefills[again.source.worker_id].expect(Prefill)).attempt in (1, 2)
+
+    asyncio.run(scenario())
+
+
+def test_a_refusing_worker_is_asked_again_only_after_the_others(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            workers = {w: await mesh.worker(w, "decode") for w in ("d0", "d1")}
+            generation = mesh.dispatcher.submit(request())
+            workers["d0"].refuse(await workers["d0"].expect(Decode), "no_memory")
+            workers["d1"].refuse(await workers["d1"].expect(Decode), "no_memory")
+            await mesh.until(lambda: mesh.dispatcher.waiting == 1)
+            mesh.clock.now += 5
+            workers["d0"].beat()
+            workers["d1"].beat()
+            job = await workers["d0"].expect(Decode)
+            assert job.attempt == 3
+            workers["d0"].tokens(job, 0, [7], finish="stop")
+            assert await tokens_of(generation) == [7]
+
+    asyncio.run(scenario())
+
+
+def test_the_retry_budget_delays_and_does_not_fail(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            second: list[str] = []
+            for name in ("d0", "d1"):
+                refuse_first_attempts(await mesh.worker(name, "decode", step_bound_s=60.0), second)
+            for i in range(8):
+                mesh.dispatcher.submit(request(f"r{i}"))
+            allowed = RETRY_FLOOR + 1  # and a tenth of eight
+            await mesh.until(lambda: len(second) == allowed and mesh.dispatcher.waiting == 8 - allowed)
+            mesh.clock.now += 11
+            await mesh.until(lambda: len(second) > allowed)
+            assert mesh.dispatcher.live == 8
+
+    asyncio.run(scenario())
+
+
+def refuse_first_attempts(worker: FakeWorker, others: list[str]) -> None:
+    def answer(message: object) -> None:
+        if isinstance(message, Decode) and message.attempt == 1:
+            worker.refuse(message, "no_memory")
+        elif isinstance(message, Decode):
+            others.append(message.request_id)
+
+    worker.answer = answer
+
+
+def test_a_stopped_choice_is_aborted_at_both_workers(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, disaggregate_above=0) as mesh:
+            prefill, decode = await mesh.worker("p0", "prefill"), await mesh.worker("d0", "decode")
+            generation = mesh.dispatcher.submit(request())
+            await decode.expect(Decode)
+            generation.stop(0)
+            assert await prefill.expect(Abort) == Abort("r", 1, "stop")
+            assert await decode.expect(Abort) == Abort("r", 1, "stop")
+            assert [b async for b in generation] == []
+
+    asyncio.run(scenario())
+
+
+def test_a_reader_that_leaves_ends_the_request(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            decode = await mesh.worker("d0", "decode")
+            generation = mesh.dispatcher.submit(request())
+            job = await decode.expect(Decode)
+            decode.tokens(job, 0, [7])
+            chunks = generation.__aiter__()
+            assert (await anext(chunks))[0].tokens == (7,)
+            await chunks.aclose()  # type: ignore[attr-defined]
+            assert (await decode.expect(Abort)).attempt == 1
+            generation.abort("again")
+            assert mesh.dispatcher.live == 0
+
+    asyncio.run(scenario())
+
+
+def test_choices_share_a_decode_worker_and_differ_in_their_number(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, disaggregate_above=0) as mesh:
+            await mesh.worker("p0", "prefill")
+            workers = {w: await mesh.worker(w, "decode") for w in ("d0", "d1")}
+            generation = mesh.dispatcher.submit(request(n=3))
+            jobs = [await workers["d0"].expect(Decode) for _ in range(3)]
+            assert [j.request_id for j in jobs] == ["r.0", "r.1", "r.2"]
+            assert [j.params.choice for j in jobs] == [0, 1, 2]
+            assert [j.source is not None for j in jobs] == [True, False, False]
+            for number, job in reversed(list(enumerate(jobs))):
+                workers["d0"].tokens(job, 0, [number], finish="stop")
+            chunks = await collect(generation)
+            assert {c: [k.tokens for k in v] for c, v in chunks.items()} == {0: [(0,)], 1: [(1,)], 2: [(2,)]}
+
+    asyncio.run(scenario())
+
+
+def test_one_choice_that_fails_ends_the_others(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            decode = await mesh.worker("d0", "decode")
+            generation = mesh.dispatcher.submit(request(n=2))
+            first, second = await decode.expect(Decode), await decode.expect(Decode)
+            decode.refuse(second, "internal", retryable=False)
+            assert (await decode.expect(Abort)).request_id in (first.request_id, second.request_id)
+            with pytest.raises(RequestError) as failure:
+                await collect(generation)
+            assert failure.value.status == 500
+            assert mesh.dispatcher.live == 0
+
+    asyncio.run(scenario())
+
+
+def test_prompt_logprobs_are_asked_of_the_decode_worker_alone(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, disaggregate_above=0) as mesh:
+            await mesh.worker("p0", "prefill")
+            workers = {w: await mesh.worker(w, "decode") for w in ("d0", "d1")}
+            generation = mesh.dispatcher.submit(request(prompt_logprobs=1))
+            job = await workers["d0"].expect(Decode)
+            assert job.source is None
+            workers["d0"].tokens(job, 0, [7], prompt_logprobs=(None,))
+            assert (await anext(generation.__aiter__()))[0].prompt_logprobs == (None,)
+
+    asyncio.run(scenario())
+
+
+def test_a_resumed_request_does_not_ask_for_prompt_logprobs_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            workers = {w: await mesh.worker(w, "decode") for w in ("d0", "d1")}
+            mesh.dispatcher.submit(request(prompt_logprobs=1))
+            job = await workers["d0"].expect(Decode)
+            assert job.params.prompt_logprobs == 1
+            workers["d0"].tokens(job, 0, [7])
+            workers["d0"].send(Goodbye("killed"))
+            assert (await workers["d1"].expect(Decode)).params.prompt_logprobs is None
+
+    asyncio.run(scenario())
+
+
+def test_a_request_goes_where_its_prefix_is(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            workers = {w: await mesh.worker(w, "decode") for w in ("d0", "d1")}
+            tokens = tuple(range(40))
+            held = blockhash.chain(blockhash.root(b"digest", LAYOUT), tokens, LAYOUT.block_tokens)
+            workers["d1"].send(BlockEvents(1, True, tuple(held[:5]), ()))
+            await mesh.until(lambda: len(mesh.index) == 5)
+            mesh.dispatcher.submit(request("a", tokens))
+            assert (await workers["d1"].expect(Decode)).request_id == "a"
+            workers["d1"].send(BlockEvents(2, False, (), tuple(held[:5])))
+            await mesh.until(lambda: len(mesh.index) == 0)
+            mesh.dispatcher.submit(request("b", tokens))
+            assert (await workers["d0"].expect(Decode)).request_id == "b"
+
+    asyncio.run(scenario())
+
+
+def test_without_workers_a_request_is_refused_at_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            with pytest.raises(RequestError) as failure:
+                mesh.dispatcher.submit(request())
+            assert (failure.value.status, failure.value.code) == (503, "no_workers")
+            assert failure.value.retry_after is not None
+            await mesh.worker("p0", "prefill")
+            with pytest.raises(RequestError, match="No worker"):
+                mesh.dispatcher.submit(request(n=2))
+            assert mesh.dispatcher.live == 0
+            assert not mesh.dispatcher.ready
+
+    asyncio.run(scenario())
+
+
+def test_a_request_waits_for_a_worker_that_was_just_lost(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            first = await mesh.worker("d0", "decode")
+            first.send(Goodbye("restart"))
+            await mesh.until(lambda: not mesh.dispatcher.ready)
+            generation = mesh.dispatcher.submit(request())
+            assert mesh.dispatcher.waiting == 1
+            second = await mesh.worker("d0", "decode", incarnation=2)
+            job = await second.expect(Decode)
+            second.tokens(job, 0, [7], finish="stop")
+            assert await tokens_of(generation) == [7]
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_ends_with_an_error_when_no_worker_comes_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            decode = await mesh.worker("d0", "decode")
+            generation = mesh.dispatcher.submit(request())
+            decode.tokens(await decode.expect(Decode), 0, [7])
+            decode.send(Goodbye("killed"))
+            await mesh.until(lambda: mesh.dispatcher.waiting == 1)
+            mesh.clock.now += 31
+            chunks = generation.__aiter__()
+            assert (await anext(chunks))[0].tokens == (7,)
+            with pytest.raises(RequestError) as failure:
+                await anext(chunks)
+            assert failure.value.code == "worker_lost"
+
+    asyncio.run(scenario())
+
+
+def test_a_request_ends_at_its_deadline(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            decode = await mesh.worker("d0", "decode", step_bound_s=60.0)
+            generation = mesh.dispatcher.submit(request(deadline_s=20.0))
+            await decode.expect(Decode)
+            mesh.clock.now += 20
+            with pytest.raises(RequestError) as failure:
+                await collect(generation)
+            assert (failure.value.status, failure.value.code) == (504, "timeout")
+            assert (await decode.expect(Abort)).reason == "deadline"
+
+    asyncio.run(scenario())
+
+
+def test_the_number_of_requests_is_bounded(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, max_requests=2) as mesh:
+            await mesh.worker("d0", "decode")
+            first = mesh.dispatcher.submit(request("a", n=2))
+            mesh.dispatcher.submit(request("b"))
+            with pytest.raises(RequestError) as failure:
+                mesh.dispatcher.submit(request("c"))
+            assert (failure.value.code, failure.value.retry_after) == ("overloaded", 1)
+            first.abort("gone")
+            mesh.dispatcher.submit(request("c"))
+
+    asyncio.run(scenario())
+
+
+def test_a_draining_proxy_takes_nothing_new_and_ends_the_rest_with_an_error(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            await mesh.worker("d0", "decode")
+            generation = mesh.dispatcher.submit(request())
+            mesh.dispatcher.drain()
+            with pytest.raises(RequestError, match="shutting down"):
+                mesh.dispatcher.submit(request("b"))
+            assert not mesh.dispatcher.ready
+            mesh.dispatcher.close()
+            with pytest.raises(RequestError, match="shutting down"):
+                await collect(generation)
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_still_works_on_what_is_over_is_told(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            decode = await mesh.worker("d0", "decode")
+            generation = mesh.dispatcher.submit(request())
+            job = await decode.expect(Decode)
+            generation.abort("gone")
+            assert (await decode.expect(Abort)).reason == "gone"
+            decode.tokens(job, 0, [7])
+            assert await decode.expect(Abort) == Abort("r", 1, "stale")
+
+    asyncio.run(scenario())
+
+
+def test_a_draining_worker_gets_no_new_requests(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            workers = {w: await mesh.worker(w, "decode") for w in ("d0", "d1")}
+            workers["d0"].beat(draining=True)
+            await mesh.until(lambda: len(mesh.fleet.pool.routable()) == 1)
+            mesh.dispatcher.submit(request())
+            assert (await workers["d1"].expect(Decode)).request_id == "r"
+
+    asyncio.run(scenario())
+
+
+def test_requests_spread_before_the_first_beat_counts_them(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            workers = [await mesh.worker(w, "decode") for w in ("d0", "d1", "d2")]
+            for i in range(6):
+                mesh.dispatcher.submit(request(f"r{i}", tokens=range(10)))
+            for worker in workers:
+                await worker.expect(Decode)
+                await worker.expect(Decode)
+                assert worker.inbox == []
+
+    asyncio.run(scenario())
