@@ -173,12 +173,11 @@ def _draw_rows(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
         # the largest weight is exp(0) = 1, so a weight is its probability relative to the most likely token's
         weights = weights * (weights >= _column([min(p.min_p, 1.0) for p in params], weights))
     cumulative = weights.cumsum(dim=1)
-    total = cumulative[:, -1:].contiguous()
     drawn = _column([uniform(r.params.seed, r.params.choice, r.num_tokens) for r in requests], weights)
-    token = torch.searchsorted(cumulative, drawn * total, right=True)
-    last_kept = torch.searchsorted(cumulative, total)  # rounding may push `drawn * total` up to `total`
+    # `drawn` is at most 1 - 2^-53, so the product stays below the total in float64 too and ends on a kept token; only
     # not-a-number logits would end behind the vocabulary
-    return torch.minimum(token, last_kept).clamp_(max=weights.shape[1] - 1).squeeze(1)
+    token = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)
+    return token.clamp_(max=weights.shape[1] - 1).squeeze(1)
 
 
 def _keep_top_k(scaled: Tensor, top_k: Sequence[int]) -> Tensor:

@@ -87,9 +87,8 @@ class Scheduler:
     def schedule(self, now: float) -> list[Row]:
         """The rows of the next step; every row's pages are in its request's block table."""
         rows: list[Row] = []
-        before = self.num_preemptions
         budget = self._continue_running(rows)
-        if self.waiting and (not rows or self.num_preemptions == before):
+        if self.waiting:
             self._admit_waiting(rows, budget, now)
         return rows
 

@@ -103,7 +103,9 @@ def paged_attention(q: Tensor, pool: Tensor, layer: int, metadata: AttentionMeta
     """
     out = torch.empty_like(q)
     for batch in metadata.batches[window]:
-        out[batch.start : batch.stop] = _attend(q[batch.start : batch.stop], pool, layer, batch, metadata.workspace)
+        out[batch.start : batch.stop] = _attend(
+            q[batch.start : batch.stop], pool, layer, batch, metadata.workspace
+        )
     return out
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import activation, attention, linear, norm, rotary
+from kernels import attention, linear, norm, rotary
 from kernels.attention import AttentionMetadata
-from kernels.linear import Linear
+from kernels.linear import GatedLinear, Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,18 +18,18 @@ class Operators:
     """One implementation of every operator; shapes are in the docstrings of the plain torch ones."""
 
     make_linear: Callable[[Tensor, Tensor | None], Linear]
+    make_gated_linear: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], GatedLinear]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     apply_rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
-    silu_and_mul: Callable[[Tensor], Tensor]
     write_kv: Callable[[Tensor, int, Tensor, AttentionMetadata], None]
     paged_attention: Callable[[Tensor, Tensor, int, AttentionMetadata, int], Tensor]
 
 
 TORCH = Operators(
     make_linear=linear.make_linear,
+    make_gated_linear=linear.make_gated_linear,
     rms_norm=norm.rms_norm,
     apply_rotary=rotary.apply_rotary,
-    silu_and_mul=activation.silu_and_mul,
     write_kv=attention.write_kv,
     paged_attention=attention.paged_attention,
 )

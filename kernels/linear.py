@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.activation import silu_and_mul
+
 PACK_ROWS = 64
 """The number of rows that packed weights are laid out for. Layouts for 16 to 512 rows measured alike at every batch
 size; one for a single row lost up to a fifth on larger batches."""
@@ -49,6 +51,38 @@ class PackedLinear:
         return y
 
 
+class GatedLinear(Protocol):
+    """`silu(x @ gate.T + gate_bias) * (x @ up.T + up_bias)` (SwiGLU, arXiv 2002.05202)."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[tokens, in]` to `[tokens, out]`."""
+
+
+class DenseGatedLinear:
+    """One product for both halves, then the activation."""
+
+    def __init__(self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> None:
+        bias = None if gate_bias is None or up_bias is None else torch.cat((gate_bias, up_bias))
+        self.both = DenseLinear(torch.cat((gate, up)), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return silu_and_mul(self.both(x))
+
+
+class PackedGatedLinear:
+    """Two products with the activation applied before the results leave the cache: a tenth of a long prompt's time."""
+
+    def __init__(self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> None:
+        self.gate = PackedLinear(gate, gate_bias)
+        self.up = PackedLinear(up, up_bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        pointwise = torch.ops.mkldnn._linear_pointwise
+        gate = pointwise(x, self.gate.weight, self.gate.bias, "swish", [], "")
+        y: Tensor = pointwise.binary(x, gate, self.up.weight, self.up.bias, "mul")
+        return y
+
+
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies this dtype natively here."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -63,3 +97,12 @@ def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     if can_pack(weight.device, weight.dtype):
         return PackedLinear(weight, bias)
     return DenseLinear(weight, bias)
+
+
+def make_gated_linear(
+    gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
+) -> GatedLinear:
+    """The fastest layer for where `gate` and `up`, both `[out, in]`, lie; the biases are `[out]`."""
+    if can_pack(gate.device, gate.dtype):
+        return PackedGatedLinear(gate, up, gate_bias, up_bias)
+    return DenseGatedLinear(gate, up, gate_bias, up_bias)

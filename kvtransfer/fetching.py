@@ -103,6 +103,7 @@ def _start(state: Fetching, event: Start, now: float) -> Result:
         last_block_at=now,
         pending=mask_of(wanted),
         granted=state.window,
+        asked_at=now,
     )
     if not state.transfers:  # the fetch itself is what the holder grants the pair's lease on
         state = replace(state, leased_from=now, renew_at=now + RENEW_S, sent_at=())
@@ -247,6 +248,7 @@ def _refetch(state: Fetching, transfer: Transfer, mask: int, effects: list[Effec
         lost=transfer.lost | given_up,
         retried=transfer.retried | again,
         round=transfer.round + (1 if again else 0),
+        asked_at=now if again else transfer.asked_at,
     )
     if again:
         effects.append(_ask(state, transfer, again, now))
@@ -263,31 +265,49 @@ def _repair(state: Fetching, transfer: Transfer, now: float) -> Result:
         round=transfer.round + 1,
         accounted=0,
         granted=state.window,
+        asked_at=now,
     )
     return _put(state, transfer), [_ask(state, transfer, transfer.pending, now)]
 
 
 def _standing(state: Fetching, message: Standing, now: float) -> Result:
-    left = {seq: sent for seq, sent in state.sent_at}.get(message.seq)
-    if left is not None:
-        state = replace(state, leased_from=max(state.leased_from, left))
+    left = {seq: sent for seq, sent in state.sent_at}.get(message.seq, -math.inf)
+    state = replace(state, leased_from=max(state.leased_from, left))
     effects: list[Effect] = []
     for stand in message.transfers:
         transfer = state.transfers.get(stand.transfer_id)
         if transfer is None or (stand.phase != UNKNOWN and stand.attempt != transfer.attempt):
             effects.append(Dropped("transfer" if transfer is None else "attempt"))
             continue
-        state, more = _stand(state, transfer, stand, now)
+        state, more = _stand(state, transfer, stand, left, now)
         effects += more
     return state, effects
 
 
-def _stand(state: Fetching, transfer: Transfer, stand: Stand, now: float) -> Result:
+def _stand(state: Fetching, transfer: Transfer, stand: Stand, left: float, now: float) -> Result:
+    """`left`: when the renewal that this answers left; a `Fetch` that left earlier must have arrived by then."""
     if stand.phase == UNKNOWN:
-        return _repair(state, transfer, now)
+        return _repair(state, transfer, now) if left >= transfer.asked_at else (state, [])
+    transfer = _heard(transfer, stand, now)
+    effects: list[Effect] = []
+    if stand.round < transfer.round and left >= transfer.asked_at:  # the refetch was lost
+        transfer = replace(transfer, asked_at=now)
+        effects.append(_ask(state, transfer, transfer.pending & transfer.retried, now))
+    elif stand.phase == CLOSED and stand.owed == 0 and stand.round == transfer.round:
+        # Everything was sent before this message, on an ordered connection: what is not here is lost.
+        if transfer.pending:
+            transfer = _refetch(state, transfer, transfer.pending, effects, now)
+        elif transfer.notes < transfer.notes_due:
+            return _repair(state, transfer, now)
+    if stand.granted < transfer.granted:
+        effects.append(Send(Credit(transfer.transfer_id, transfer.attempt, transfer.granted)))
+    return _settle(state, transfer, effects, now)
+
+
+def _heard(transfer: Transfer, stand: Stand, now: float) -> Transfer:
     closed = stand.phase == CLOSED
     alive = stand.phase in (WAITING, LIVE) or (closed and not transfer.closed) or transfer.phase == OPENING
-    transfer = replace(
+    return replace(
         transfer,
         phase=RECEIVING,
         closed=closed or transfer.closed,
@@ -295,14 +315,6 @@ def _stand(state: Fetching, transfer: Transfer, stand: Stand, now: float) -> Res
         notes_due=max(transfer.notes_due, min(stand.notes, MAX_NOTES)),
         progress_at=now if alive else transfer.progress_at,
     )
-    effects: list[Effect] = []
-    if closed and stand.owed == 0 and stand.round == transfer.round:
-        # Everything was sent before this message, on an ordered connection: what is not here is lost.
-        if transfer.pending:
-            transfer = _refetch(state, transfer, transfer.pending, effects, now)
-        elif transfer.notes < transfer.notes_due:
-            return _repair(state, transfer, now)
-    return _settle(state, transfer, effects, now)
 
 
 def _settle(state: Fetching, transfer: Transfer, effects: list[Effect], now: float) -> Result:

@@ -34,6 +34,8 @@ class Transfer:
     pending: int
     """Neither accepted nor given up."""
     granted: int
+    asked_at: float
+    """When the latest `Fetch` left."""
     phase: str = OPENING
     retried: int = 0
     lost: int = 0

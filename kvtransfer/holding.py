@@ -258,7 +258,7 @@ def _renewed(state: Holding, link: bytes, message: Renew, now: float, effects: l
     stands = []
     for transfer_id in message.transfers:
         known = state.servings.get((link, transfer_id))
-        stands.append(known.stand if known else Stand(transfer_id, 0, 0, UNKNOWN, 0, 0, 0))
+        stands.append(known.stand if known else Stand(transfer_id, 0, 0, UNKNOWN, 0, 0, 0, 0))
     effects.append(Send(link, Standing(message.seq, tuple(stands))))
     return state
 

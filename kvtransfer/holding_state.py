@@ -95,6 +95,7 @@ class Serving:
             self.round,
             self.phase,
             self.sent,
+            self.granted,
             self.owed.bit_count(),
             len(self.notes),
         )

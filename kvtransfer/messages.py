@@ -126,6 +126,8 @@ class Stand:
     phase: str
     """`waiting` for its stream, `live`, `closed` (nothing more is produced) or `unknown`."""
     sent: int
+    granted: int
+    """The credit it knows of; less than was given: a `Credit` was lost."""
     owed: int
     notes: int
     """Notes given on the stream so far."""

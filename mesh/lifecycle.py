@@ -148,6 +148,8 @@ class Lifecycle:
     deadline: float | None = None
     """When the current state of stopping ends by force."""
     drained_by: float = 0.0
+    hurried: bool = False
+    """The proxy was told a second time."""
 
     def start(self, now: float) -> list[Effect]:
         """Everything at once: what depends on another waits for it by itself."""
@@ -243,11 +245,18 @@ class Lifecycle:
             if life.restart_at is not None and now >= life.restart_at and self.state is not State.DONE:
                 effects.append(self._spawn(life, now))
         if self.deadline is not None and now >= self.deadline and self.state is not State.DONE:
-            late = [life.name for life in self._leaving() if life.running]
-            self.deadline = None
-            effects.append(Note("warning", f"{', '.join(late)} did not finish in time"))
-            effects += [Signal(name, signal.SIGKILL) for name in late]
+            effects += self._hurry(now)
         return effects
+
+    def _hurry(self, now: float) -> list[Effect]:
+        """The drain time is over: the proxy ends its streams with error events. After that, whoever is left is killed."""
+        late = [life.name for life in self._leaving() if life.running]
+        note = Note("warning", f"{', '.join(late)} did not finish in time")
+        if self.state is State.DRAINING and not self.hurried:
+            self.hurried, self.deadline = True, now + LEAVE_GRACE_S
+            return [note, *(Signal(name, signal.SIGTERM) for name in late)]
+        self.deadline = None
+        return [note, *(Signal(name, signal.SIGKILL) for name in late)]
 
     def _leaving(self) -> list[Life]:
         """Whom the current state waits for."""

@@ -107,9 +107,15 @@ class PrefillRole:
                 self._released(event)
 
     def _released(self, event: StreamReleased) -> None:
-        job = self._streams.pop(event.stream, None)
+        """Nobody fetches from the stream any more. Before the first token is out, that also ends the work: the decode
+        worker it was for is gone or has given up, and the proxy will say what happens next."""
+        job = self._streams.get(event.stream)
         if job is None:
             return
+        if self._jobs.get(job.request_id) is job:
+            self._end(job)
+            return
+        del self._streams[event.stream]
         self._parts.loop.want(event.stream, frozenset())
         self._parts.loop.release(event.stream)
 

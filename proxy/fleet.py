@@ -87,7 +87,8 @@ class Fleet:
         for place in outcome.forgotten:
             self._close(place)
         for place in outcome.lost:
-            self._later(partial(self._lose, place, "it registered again"))
+            why = "its next life registered" if place in outcome.forgotten else "it registered again"
+            self._later(partial(self._lose, place, why))
         if self.on_model is not None:
             self.on_model(info.model_digest)
         self._later(self._changed)

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.model.config import ModelConfig
 from kernels.attention import AttentionMetadata
 from kernels.dispatch import Operators
-from kernels.linear import Linear
+from kernels.linear import GatedLinear, Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,13 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class FeedForward:
-    """SwiGLU with one fused projection: gate, then up."""
+    """SwiGLU."""
 
-    gate_up: Linear
+    gate_up: GatedLinear
     down: Linear
-    ops: Operators
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.down(self.ops.silu_and_mul(self.gate_up(x)), residual)
+        return self.down(self.gate_up(x), residual)
 
 
 @dataclass(frozen=True, slots=True)

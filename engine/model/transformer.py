@@ -104,8 +104,11 @@ class _Builder:
 
     def feed_forward(self, prefix: str) -> FeedForward:
         hidden, inner, bias = self.config.hidden_size, self.config.intermediate_size, self.config.mlp_bias
+        gate, up = (self.tensor(f"{prefix}{name}.weight", inner, hidden) for name in ("gate_proj", "up_proj"))
+        gate_bias, up_bias = (
+            self.tensor(f"{prefix}{name}.bias", inner) if bias else None for name in ("gate_proj", "up_proj")
+        )
         return FeedForward(
-            gate_up=self.linear(prefix, {"gate_proj": inner, "up_proj": inner}, hidden, bias),
+            gate_up=self.ops.make_gated_linear(gate, up, gate_bias, up_bias),
             down=self.linear(prefix, {"down_proj": hidden}, inner, bias),
-            ops=self.ops,
         )

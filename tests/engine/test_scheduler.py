@@ -129,6 +129,22 @@ def test_held_pages_are_never_taken() -> None:
     idle(e)
 
 
+def test_held_pages_are_not_taken_by_an_older_request_either() -> None:
+    e = engine(num_blocks=7)
+    a = request("a", prompt(9), 14)
+    e.add(a)
+    e.step()
+    p = prefill("p", prompt(8, 1))
+    e.add(p)
+    e.step()
+    assert state(p) is RequestState.HELD
+    run(e)
+    assert (p.num_preemptions, len(p.block_table)) == (0, 2)
+    e.release("p")
+    run(e)
+    assert a.tokens == prompt(9) + oracle(prompt(9), 14)
+
+
 def test_a_waiting_request_starts_only_when_all_its_pages_are_there() -> None:
     e = engine(num_blocks=8, budget=64)
     a, b = request("a", prompt(15), 3), request("b", prompt(17, 1), 3)
@@ -155,6 +171,20 @@ def test_a_shared_prompt_is_computed_once_by_requests_in_flight_together() -> No
     outputs = steps(e)
     assert [out.token for o in outputs for out in o.tokens if out.request.key == "3"] == oracle(prompt(34), 3)
     assert sum(o.num_scheduled_tokens for o in outputs) == 34 + 3 * 2 + 4 * 2
+
+
+def test_a_sharer_holds_nothing_while_it_waits_and_starts_once_the_shared_part_is_there() -> None:
+    e = engine(budget=64)
+    e.add(request("x", prompt(8), 1))
+    run(e)
+    a, b = request("a", prompt(12) + prompt(20, 1), 50), request("b", prompt(12) + prompt(3, 2), 3)
+    e.add(a)
+    e.add(b)
+    e.step()
+    assert (state(a), state(b), b.block_table) == (RequestState.RUNNING, RequestState.WAITING, [])
+    e.step()
+    assert state(b) is RequestState.RUNNING
+    assert b.num_cached_tokens == 12
 
 
 def test_requests_that_share_nothing_pass_one_that_waits_for_a_shared_block() -> None:

@@ -10,7 +10,14 @@ from torch.nn import functional
 from kernels import blocks
 from kernels.activation import silu_and_mul
 from kernels.dispatch import operators
-from kernels.linear import DenseLinear, PackedLinear, can_pack, make_linear
+from kernels.linear import (
+    DenseGatedLinear,
+    DenseLinear,
+    PackedGatedLinear,
+    PackedLinear,
+    can_pack,
+    make_linear,
+)
 from kernels.norm import rms_norm
 from kernels.rotary import apply_rotary
 
@@ -53,13 +60,31 @@ def test_silu_and_mul_gates_the_second_half() -> None:
 def test_packed_linear_equals_dense(dtype: torch.dtype, rows: int, biased: bool) -> None:
     if not can_pack(CPU, dtype):
         pytest.skip("oneDNN does not multiply this dtype here")
-    weight, x, residual = random(24, 16, dtype=dtype), random(rows, 16, dtype=dtype), random(rows, 24, dtype=dtype)
+    weight, x, residual = (
+        random(24, 16, dtype=dtype),
+        random(rows, 16, dtype=dtype),
+        random(rows, 24, dtype=dtype),
+    )
     bias = random(24, dtype=dtype) if biased else None
-    packed, exact = PackedLinear(weight, bias), DenseLinear(weight.double(), None if bias is None else bias.double())
+    packed, exact = (
+        PackedLinear(weight, bias),
+        DenseLinear(weight.double(), None if bias is None else bias.double()),
+    )
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     for extra in (None, residual):
         wanted = exact(x.double(), None if extra is None else extra.double())
         torch.testing.assert_close(packed(x, extra).double(), wanted, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("layer", [DenseGatedLinear, PackedGatedLinear])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gated_linear_is_its_formula(
+    layer: type[DenseGatedLinear] | type[PackedGatedLinear], biased: bool
+) -> None:
+    gate, up, x = random(24, 16), random(25, 16)[1:], random(3, 16)
+    gate_bias, up_bias = (random(24), random(25)[1:]) if biased else (None, None)
+    wanted = functional.silu(functional.linear(x, gate, gate_bias)) * functional.linear(x, up, up_bias)
+    torch.testing.assert_close(layer(gate, up, gate_bias, up_bias)(x), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_dtypes_that_cannot_be_packed_stay_dense() -> None:
@@ -89,7 +114,9 @@ def test_a_block_survives_the_way_through_bytes(dtype: torch.dtype) -> None:
 
 def test_reading_a_partly_filled_block_hides_the_rest() -> None:
     source = pool(torch.float32)
-    page = torch.frombuffer(bytearray(blocks.read_block(source, 1, 3)), dtype=torch.float32).view(source[1].shape)
+    page = torch.frombuffer(bytearray(blocks.read_block(source, 1, 3)), dtype=torch.float32).view(
+        source[1].shape
+    )
     assert torch.equal(page[..., :3, :], source[1][..., :3, :])
     assert not page[..., 3:, :].any()
     assert torch.equal(source, pool(torch.float32))

@@ -4,7 +4,7 @@
     fake_mesh.py proxy|prefill|decode FLAGS    what it starts
 
 `MODEL_DIR/behaviour.json` maps a member's name to what it does instead of working: `refuse` (a startup error),
-`crash` (exit code 1 before it is ready), `stubborn` (ignores SIGTERM). A worker writes its process id to
+`crash` (exit code 1 before it is ready), `stubborn` (ignores SIGTERM), `slow` (leaves at the second SIGTERM). A worker writes its process id to
 `MODEL_DIR/NAME.pid` before it is ready.
 """
 
@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import count
 from pathlib import Path
 from threading import Thread
 
@@ -36,7 +37,7 @@ class Door(BaseHTTPRequestHandler):
 
 def work(name: str, model: Path, serve: Callable[[], None] = lambda: None) -> int:
     """Becomes ready and waits for SIGTERM."""
-    asked = (signal.SIGTERM, signal.SIGUSR1)
+    asked = (signal.SIGTERM,)
     signal.pthread_sigmask(signal.SIG_BLOCK, asked)
     behaviour = json.loads((model / "behaviour.json").read_text()).get(name)
     if behaviour == "refuse":
@@ -49,7 +50,10 @@ def work(name: str, model: Path, serve: Callable[[], None] = lambda: None) -> in
     print("a plain line", flush=True)
     serve()
     report("ready", 1.0, device="fake", blocks=7, block_tokens=16)
-    while signal.sigwait(asked) != signal.SIGTERM or behaviour == "stubborn":
+    for heard in count(1):
+        signal.sigwait(asked)
+        if behaviour != "stubborn" and heard >= (2 if behaviour == "slow" else 1):
+            break
         print("ignored", flush=True)
     print("drained", flush=True)
     return 0

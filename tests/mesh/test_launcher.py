@@ -191,11 +191,13 @@ def test_a_second_stop_kills(start: Start) -> None:
         await_end(pid)
 
 
-def test_who_does_not_drain_in_time_is_killed(start: Start) -> None:
-    mesh = start("--drain-timeout", "0", proxy="stubborn")
+def test_a_proxy_that_does_not_drain_in_time_is_told_again(start: Start) -> None:
+    mesh = start("--drain-timeout", "0", proxy="slow")
     mesh.screen()
     assert mesh.stop() == 0
-    assert "proxy did not finish in time" in mesh.errors()
+    log = mesh.errors()
+    assert "proxy did not finish in time" in log
+    assert log.count('"drained"') == 3
 
 
 def test_children_die_with_the_launcher(start: Start) -> None:

@@ -144,10 +144,12 @@ def test_who_does_not_finish_in_time_is_killed() -> None:
     mesh = serving()
     mesh.step(StopAsked(), 10.0)
     assert mesh.next_timer == pytest.approx(40.0)
-    assert without_notes(mesh.step(Tick(), 40.0)) == [Signal("proxy", signal.SIGKILL)]
-    die(mesh, "proxy", 40.1)
-    assert mesh.next_timer == pytest.approx(45.1)
-    assert without_notes(mesh.step(Tick(), 45.1)) == [Signal(name, signal.SIGKILL) for name in WORKERS]
+    assert without_notes(mesh.step(Tick(), 40.0)) == [Signal("proxy", signal.SIGTERM)]
+    assert mesh.next_timer == pytest.approx(45.0)
+    assert without_notes(mesh.step(Tick(), 45.0)) == [Signal("proxy", signal.SIGKILL)]
+    die(mesh, "proxy", 45.1)
+    assert mesh.next_timer == pytest.approx(50.1)
+    assert without_notes(mesh.step(Tick(), 50.1)) == [Signal(name, signal.SIGKILL) for name in WORKERS]
 
 
 def test_a_second_stop_ends_at_once() -> None:

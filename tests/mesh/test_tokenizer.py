@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mesh.errors import EXIT_MODEL, RequestError, StartupError
 from mesh.tokenizer import Tokenizer
-
-from tests.proxy.tiny_tokenizer import BOS, EOS, IM_END, VOCAB_SIZE, byte_level, model_dir, sentencepiece
+from tests.proxy.tiny_tokenizer import BOS, EOS, IM_END, TEMPLATE, VOCAB_SIZE, byte_level, model_dir, sentencepiece
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -155,9 +155,7 @@ def test_encoding_agrees_with_transformers(tmp_path: Path) -> None:
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
     )
-    theirs.chat_template = (tmp_path / "tokenizer_config.json").read_text() and json.loads(
-        (tmp_path / "tokenizer_config.json").read_text()
-    )["chat_template"]
+    theirs.chat_template = TEMPLATE
     messages = [*HI, {"role": "assistant", "content": "hello é"}, {"role": "user", "content": "  ok\n"}]
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert ours.render_chat(messages) == expected

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.testclient import TestClient
+
 from mesh.settings import ProxySettings
 from mesh.tokenizer import Tokenizer
 from proxy.app import create_app
 from proxy.generation import GenerateRequest
-from starlette.testclient import TestClient
-
 from tests.proxy.fake_dispatcher import FakeDispatcher, Script
 from tests.proxy.tiny_tokenizer import IM_END, byte_level
 
@@ -145,7 +145,7 @@ class Call:
             "query_string": b"",
             "headers": [(b"content-type", b"application/json"), (b"host", b"test")],
         }
-        self.task: asyncio.Task[None] = asyncio.create_task(app(scope, self._receive, self._send))  # type: ignore[arg-type]
+        self.task: asyncio.Task[None] = asyncio.create_task(app(scope, self._receive, self._send))
 
     def disconnect(self) -> None:
         self._gone.set()

@@ -34,6 +34,8 @@ class Script:
     fail_at: int | None = None
     error: Exception | None = None
     """Raised before the chunk of token `fail_at`; None: the generation just ends there."""
+    gap_at: int | None = None
+    """From that token on, every index is one too high."""
     delay_s: float = 0.0
     forget_prompt: bool = False
     """No prompt logprobs come, although asked for."""
@@ -84,6 +86,8 @@ class FakeGeneration:
         prompt: tuple[TokenLogprob | None, ...] = ()
         if params.prompt_logprobs is not None and index == 0 and not self.script.forget_prompt:
             prompt = (None, *(logprob_of(t, params.prompt_logprobs) for t in self.request.tokens[1:]))
+        if self.script.gap_at is not None and index >= self.script.gap_at:
+            index += 1
         return Chunk(choice, index, tokens, logprobs, finish, prompt)
 
     def stop(self, choice: int) -> None:
@@ -107,9 +111,7 @@ def logprob_of(token: int, top: int) -> TokenLogprob:
 class FakeDispatcher:
     """Satisfies `Dispatcher`; `script` is asked for every request, or always the same one."""
 
-    def __init__(
-        self, script: Script | Callable[[GenerateRequest], Script], *, max_model_len: int = 256
-    ) -> None:
+    def __init__(self, script: Script | Callable[[GenerateRequest], Script], *, max_model_len: int = 256) -> None:
         self._script = script
         self.generations: list[FakeGeneration] = []
         self.refusals: list[RequestError] = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from proxy.generation import GenerateRequest
 
+from proxy.generation import GenerateRequest
 from tests.proxy.api_client import CHAT, Api, chat_texts, finishes, reply
 from tests.proxy.fake_dispatcher import Script
 from tests.proxy.tiny_tokenizer import EOS, IM_END, byte_level
@@ -179,7 +179,7 @@ def test_request_ids_are_the_proxys_own() -> None:
 @pytest.mark.parametrize("given", ["a b", "é", "x" * 200, ""])
 def test_a_strange_request_id_is_replaced(given: str) -> None:
     api = Api()
-    headers = {"x-request-id": given.encode()}
+    headers = {b"x-request-id": given.encode()}
     answer = api.http.post(CHAT, json={"model": "tiny", "messages": HI}, headers=headers)
     assert answer.headers["x-request-id"].startswith("req-")
 

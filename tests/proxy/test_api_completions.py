@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from proxy.generation import GenerateRequest
 
+from proxy.generation import GenerateRequest
 from tests.proxy.api_client import Api, finishes, reply
 from tests.proxy.fake_dispatcher import Script
 from tests.proxy.tiny_tokenizer import BOS, byte_level

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
+
 from mesh import __version__
 from proxy.api.door import Door
 from proxy.metrics import ProxyMetrics
-
 from tests.proxy.api_client import CHAT, COMPLETIONS, Api, error_of, reply
 
 OPENMETRICS = {"accept": "application/openmetrics-text;version=1.0.0"}

@@ -7,8 +7,8 @@ import random
 from typing import Any
 
 import pytest
-from mesh.settings import ProxySettings
 
+from mesh.settings import ProxySettings
 from tests.proxy.api_client import CHAT, COMPLETIONS, Api, error_of
 from tests.proxy.tiny_tokenizer import VOCAB_SIZE, byte_level
 
@@ -72,7 +72,9 @@ def test_surrogate_pairs_and_ordinary_depth_are_accepted() -> None:
     assert Api().http.post(CHAT, content=body, headers=JSON_TYPE).status_code == 200
 
 
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", None, "multipart/form-data"])
+@pytest.mark.parametrize(
+    "content_type", ["text/plain", "application/x-www-form-urlencoded", None, "multipart/form-data"]
+)
 def test_another_content_type_is_400(content_type: str | None) -> None:
     status, error = post(b"{}", content_type=content_type)
     assert status == 400

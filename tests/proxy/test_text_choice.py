@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from proxy.text.choice import ChoiceText, Piece
 from proxy.text.detokenizer import detokenizer
 from proxy.text.stopstrings import StopStrings
-
 from tests.proxy.tiny_tokenizer import EOS, byte_level
 
 TOKENIZER = byte_level()

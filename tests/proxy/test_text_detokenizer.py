@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from mesh.tokenizer import BYTE_OF, Tokenizer
 from proxy.text.detokenizer import MAX_HELD_TOKENS, detokenizer
-
-from tests.proxy.tiny_tokenizer import BOS, EOS, VOCAB_SIZE, byte_level, sentencepiece
+from tests.proxy.tiny_tokenizer import BOS, EOS, VOCAB_SIZE, byte_level, sentencepiece, token_of
 
 TOKENIZER = byte_level()
-BYTE_TOKEN = {byte: TOKENIZER.backend.token_to_id(char) for char, byte in BYTE_OF.items()}
+BYTE_TOKEN = {byte: token_of(TOKENIZER, char) for char, byte in BYTE_OF.items()}
 ALPHABET = "ab ß\n é漢字😀👩‍👩‍👧\u0301\ufffd\u200d\U0010ffff"
 
 
@@ -60,7 +60,7 @@ def test_an_id_without_text_adds_none() -> None:
 def test_sentencepiece_keeps_the_space_after_the_prompt() -> None:
     tokenizer = sentencepiece()
     prompt = tokenizer.encode("hi", add_special_tokens=False)
-    a = tokenizer.backend.token_to_id("▁a")
+    a = token_of(tokenizer, "▁a")
     assert "".join(pieces(tokenizer, [a, a], prompt)) == " a a"
 
 
@@ -74,8 +74,8 @@ def test_sentencepiece_text_comes_out_whole(seed: int) -> None:
 
 def test_sentencepiece_goes_on_after_bytes_that_are_no_text() -> None:
     tokenizer = sentencepiece()
-    broken = [tokenizer.backend.token_to_id("<0xFF>")] * (MAX_HELD_TOKENS * 3)
-    a = tokenizer.backend.token_to_id("▁a")
+    broken = [token_of(tokenizer, "<0xFF>")] * (MAX_HELD_TOKENS * 3)
+    a = token_of(tokenizer, "▁a")
     out = pieces(tokenizer, [a, *broken, a, a], tokenizer.encode("hi", add_special_tokens=False))
     assert "".join(out) == " a" + "\ufffd" * len(broken) + " a a"
 
@@ -83,5 +83,5 @@ def test_sentencepiece_goes_on_after_bytes_that_are_no_text() -> None:
 def test_sentencepiece_starts_clean_after_a_prompt_that_ends_within_a_character() -> None:
     tokenizer = sentencepiece()
     prompt = tokenizer.encode("hi é", add_special_tokens=False)[:-1]
-    out = "".join(pieces(tokenizer, [tokenizer.backend.token_to_id("hi")], prompt))
+    out = "".join(pieces(tokenizer, [token_of(tokenizer, "hi")], prompt))
     assert out == "hi"

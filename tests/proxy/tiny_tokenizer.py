@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mesh.tokenizer import Tokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
+
+from mesh.tokenizer import Tokenizer
 
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 BOS, EOS, IM_START, IM_END = range(4)
@@ -44,7 +45,7 @@ def byte_level(template: str | None = TEMPLATE) -> Tokenizer:
 
 def sentencepiece() -> Tokenizer:
     """BPE with spaces as `▁` and unknown characters as bytes, as Llama 2 and Mistral have it."""
-    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz", *"▁a ▁b ▁hi hi".split()]
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz", "▁a", "▁b", "▁hi", "hi"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *letters]
     backend = Backend(
         models.BPE(
@@ -61,6 +62,12 @@ def sentencepiece() -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return Tokenizer(backend, special_tokens={"bos_token": "<s>", "eos_token": "</s>"})
+
+
+def token_of(tokenizer: Tokenizer, piece: str) -> int:
+    found = tokenizer.backend.token_to_id(piece)
+    assert found is not None
+    return found
 
 
 def model_dir(path: Path, **tokenizer_config: Any) -> Path:

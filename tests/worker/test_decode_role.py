@@ -1,0 +1,169 @@
+"""What the decode role does with blocks, notes, losses and deadlines."""
+
+from __future__ import annotations
+
+from role_fakes import Bench, decode_message
+
+from decode.role import DecodeRole
+from engine.step import Missing
+from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted
+from mesh.messages import Abort, Refused
+from worker.firsttoken import FirstToken
+from worker.steploop import Expected, Rejected
+
+KEY = "r#1"
+BLOCKS = tuple(Missing(i, bytes([i]) * 16, 4 if i < 2 else 2) for i in range(3))
+
+
+def fetching(bench: Bench, limit: int = 4) -> tuple[DecodeRole, bytes]:
+    """A role whose request of 10 tokens lacks all three blocks, and its transfer id."""
+    role = DecodeRole(bench.parts)
+    role.assign(bench.proxy, decode_message(limit=limit))
+    role.expected(Expected(KEY, BLOCKS))
+    return role, bench.kv.named("fetch")[0][0]
+
+
+def ended(transfer_id: bytes, outcome: str = "ok") -> FetchEnded:
+    return FetchEnded(transfer_id, (), outcome, 0, 0.1, 0, "")
+
+
+def test_without_a_source_the_engine_computes_the_prompt() -> None:
+    bench = Bench()
+    DecodeRole(bench.parts).assign(bench.proxy, decode_message(source=None))
+    assert [request.key for (request,) in bench.loop.named("add")] == [KEY]
+
+
+def test_arrived_blocks_and_the_noted_token_start_the_request() -> None:
+    bench = Bench()
+    role, transfer = fetching(bench)
+    blocks = [BlockArrived(transfer, i, bytes(16)) for i in range(3)]
+    role.transferred([Noted(transfer, FirstToken(0, 42, None).pack()), *blocks, ended(transfer)])
+    assert [call[1] for call in bench.loop.named("fill")] == [0, 1, 2]
+    assert bench.loop.named("ready") == [(KEY, (42,))]
+
+
+def test_a_note_about_another_token_is_not_used() -> None:
+    bench = Bench()
+    role, transfer = fetching(bench)
+    blocks = [BlockArrived(transfer, i, bytes(16)) for i in range(3)]
+    role.transferred([Noted(transfer, FirstToken(3, 42, None).pack()), *blocks, ended(transfer)])
+    assert bench.loop.named("ready") == [(KEY, ())]
+
+
+def test_a_note_that_is_garbage_is_dropped() -> None:
+    bench = Bench()
+    role, transfer = fetching(bench, limit=10)
+    role.transferred([Noted(transfer, b"\xff garbage"), ended(transfer)])
+    assert bench.loop.named("ready") == [(KEY, ())]
+
+
+def test_a_short_remainder_is_computed_here() -> None:
+    bench = Bench()
+    role, transfer = fetching(bench, limit=2)
+    role.transferred([BlockArrived(transfer, i, bytes(16)) for i in range(2)])
+    role.transferred([ended(transfer, "timeout")])
+    assert bench.loop.named("ready") == [(KEY, ())]
+
+
+def test_a_long_remainder_is_handed_back() -> None:
+    bench = Bench()
+    role, transfer = fetching(bench, limit=5)
+    role.transferred([BlockArrived(transfer, 0, bytes(16)), ended(transfer, "peer_lost")])
+    (refusal,) = bench.link.sent
+    assert (refusal.code, refusal.retryable) == ("blocks_missing", True)
+    assert bench.loop.named("abort") == [(KEY,)]
+    assert not role.busy
+
+
+def test_a_finish_at_the_prefill_worker_ends_the_request_here() -> None:
+    bench = Bench()
+    role, transfer = fetching(bench)
+    role.transferred([Noted(transfer, FirstToken(0, 42, "stop").pack())])
+    assert not role.busy
+    assert bench.link.sent == []
+    assert bench.loop.named("abort") == [(KEY,)]
+
+
+def test_a_repeated_or_older_assignment_changes_nothing() -> None:
+    bench = Bench()
+    role, _ = fetching(bench)
+    role.assign(bench.proxy, decode_message())
+    role.assign(bench.proxy, decode_message(attempt=0))
+    assert len(bench.loop.named("expect")) == 1
+
+
+def test_a_newer_attempt_replaces_the_older_one() -> None:
+    bench = Bench()
+    role, transfer = fetching(bench)
+    role.assign(bench.proxy, decode_message(attempt=2))
+    assert bench.kv.named("abort_fetch") == [(transfer,)]
+    assert [request.key for (request,) in bench.loop.named("expect")] == [KEY, "r#2"]
+
+
+def test_an_abort_of_an_older_attempt_does_not_touch_the_newer() -> None:
+    bench = Bench()
+    role = DecodeRole(bench.parts)
+    role.assign(bench.proxy, decode_message(attempt=2))
+    role.abort(Abort("r", 1, "late"))
+    assert role.busy
+
+
+def test_an_abort_ends_the_fetch_and_the_request() -> None:
+    bench = Bench()
+    role, transfer = fetching(bench)
+    role.abort(Abort("r", 1, "client gone"))
+    assert bench.kv.named("abort_fetch") == [(transfer,)]
+    assert bench.loop.named("abort") == [(KEY,)]
+    assert not role.busy
+
+
+def test_what_arrives_after_the_end_is_ignored() -> None:
+    bench = Bench()
+    role, transfer = fetching(bench)
+    role.abort(Abort("r", 1, "client gone"))
+    role.transferred([BlockArrived(transfer, 0, bytes(16)), ended(transfer)])
+    assert bench.loop.named("fill") == []
+
+
+def test_a_deadline_ends_the_request_with_a_refusal() -> None:
+    bench = Bench()
+    role, _ = fetching(bench)
+    role.tick(bench.clock.now + 59)
+    assert role.busy
+    role.tick(bench.clock.now + 60)
+    assert [m.code for m in bench.link.sent] == ["deadline"]
+    assert not role.busy
+
+
+def test_a_lost_proxy_frees_its_requests_only() -> None:
+    bench, other = Bench(), Bench()
+    role, _ = fetching(bench)
+    role.lost(other.proxy)
+    assert role.busy
+    role.lost(bench.proxy)
+    assert not role.busy
+
+
+def test_draining_hands_every_request_back() -> None:
+    bench = Bench()
+    role, _ = fetching(bench)
+    role.hand_back()
+    assert [m for m in bench.link.sent if isinstance(m, Refused) and m.code == "draining" and m.retryable]
+    assert not role.busy
+
+
+def test_what_the_engine_cannot_fit_is_refused() -> None:
+    bench = Bench()
+    role, _ = fetching(bench)
+    role.rejected(Rejected(KEY, "no_memory", "too big"))
+    assert [m.code for m in bench.link.sent] == ["no_memory"]
+
+
+def test_a_fully_cached_prompt_starts_at_once_and_still_frees_its_holder() -> None:
+    bench = Bench()
+    role = DecodeRole(bench.parts)
+    role.assign(bench.proxy, decode_message())
+    role.expected(Expected(KEY, ()))
+    (transfer, *_), *_ = bench.kv.named("fetch")
+    role.transferred([ended(transfer)])
+    assert bench.loop.named("ready") == [(KEY, ())]

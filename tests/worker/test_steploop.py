@@ -1,0 +1,107 @@
+"""The thread that owns the engine: commands, exports, the beat, and its end."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from engine.engine import Engine, EngineConfig
+from engine.request import EngineRequest
+from engine.sim_engine import SimRunner, expected_tokens
+from engine.step import Missing
+from mesh import blockhash
+from mesh.params import SamplingParams
+from worker.steploop import Beaten, Expected, Exported, LoopEvent, Rejected, StepLoop, Stepped, Stopped
+
+ROOT = b"r" * 16
+PROMPT = list(range(10, 30))
+WAIT_S = 10.0
+
+
+class Bench:
+    """A running loop over a simulated engine and the events it emits."""
+
+    def __init__(self) -> None:
+        self.events: queue.SimpleQueue[LoopEvent] = queue.SimpleQueue()
+        self.engine = Engine(SimRunner(32, 8), EngineConfig(4, 16, 128))
+        self.loop = StepLoop(self.engine, self.events.put)
+        self.loop.start()
+
+    def until(self, wanted: Callable[[LoopEvent], bool]) -> LoopEvent:
+        """The next such event; the others are dropped."""
+        while True:
+            event = self.events.get(timeout=WAIT_S)
+            if wanted(event):
+                return event
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.loop.stop(WAIT_S)
+
+
+def request(key: str, max_tokens: int = 3, *, hold: bool = False) -> EngineRequest:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    return EngineRequest(key, list(PROMPT), len(PROMPT), params, ROOT, stop_after=1 if hold else None, hold=hold)
+
+
+def test_tokens_come_out_in_order(bench: Bench) -> None:
+    bench.loop.add(request("a"))
+    tokens: list[int] = []
+    while len(tokens) < 3:
+        event = bench.until(lambda e: isinstance(e, Stepped))
+        assert isinstance(event, Stepped)
+        tokens += [out.token for out in event.output.tokens]
+    assert tokens == expected_tokens(PROMPT, 3, 256)
+
+
+def test_an_idle_loop_beats(bench: Bench) -> None:
+    first = bench.until(lambda e: isinstance(e, Beaten))
+    second = bench.until(lambda e: isinstance(e, Beaten))
+    assert isinstance(first, Beaten)
+    assert isinstance(second, Beaten)
+    assert second.load.free_blocks == 32
+
+
+def test_wanted_blocks_are_exported_with_the_step_that_completes_them(bench: Bench) -> None:
+    names = blockhash.chain(ROOT, PROMPT, 8)
+    bench.loop.want("a", frozenset(names[:1]))
+    bench.loop.add(request("a", hold=True))
+    event = bench.until(lambda e: isinstance(e, Stepped) and bool(e.exported))
+    assert isinstance(event, Stepped)
+    assert [(block.stream, block.name) for block in event.exported] == [("a", names[0])]
+    assert event.exported[0].payload is not None
+
+
+def test_a_block_that_is_not_here_is_exported_as_none(bench: Bench) -> None:
+    bench.loop.export("a", [b"n" * 16])
+    assert bench.until(lambda e: isinstance(e, Exported)) == Exported("a", b"n" * 16, None)
+
+
+def test_an_expected_request_says_what_it_lacks(bench: Bench) -> None:
+    bench.loop.expect(request("a"))
+    event = bench.until(lambda e: isinstance(e, Expected))
+    assert isinstance(event, Expected)
+    assert [m.valid_tokens for m in event.missing] == [8, 8, 4]
+    assert all(isinstance(m, Missing) for m in event.missing)
+    bench.loop.abort("a")
+
+
+def test_a_request_that_cannot_fit_is_rejected(bench: Bench) -> None:
+    bench.loop.add(EngineRequest("big", [1] * 200, 200, SamplingParams(max_tokens=1), ROOT))
+    event = bench.until(lambda e: isinstance(e, Rejected))
+    assert isinstance(event, Rejected)
+    assert event.code == "too_long"
+
+
+def test_a_failing_engine_ends_the_loop_with_its_reason(bench: Bench) -> None:
+    bench.loop.abort(None)  # type: ignore[arg-type]
+    bench.loop.fill("a", 0, None)  # type: ignore[arg-type]
+    bench.loop.add(None)  # type: ignore[arg-type]
+    event = bench.until(lambda e: isinstance(e, Stopped))
+    assert isinstance(event, Stopped)
+    assert isinstance(event.error, AttributeError)
