@@ -78,7 +78,7 @@ class Ours:
         params = SamplingParams(max_tokens=new, temperature=0.0)
         # a root of its own per request: no prefix is ever shared
         self.engine.add(
-            EngineRequest(str(self.count), tokens, len(tokens), params, self.count.to_bytes(16, "little"))
+            EngineRequest(str(self.count), list(tokens), len(tokens), params, self.count.to_bytes(16, "little"))
         )
 
     def generate(self, tokens: list[int], new: int) -> list[int]:
@@ -145,14 +145,16 @@ class Transformers:
                 max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0
             )
             began = time.perf_counter()
-            with torch.inference_mode():
-                self.model.generate_batch(
-                    prompts(batch, seed),
-                    generation_config=generation,
-                    continuous_batching_config=config,
-                    progress_bar=False,
-                )
+            answers = self.model.generate_batch(
+                prompts(batch, seed),
+                generation_config=generation,
+                continuous_batching_config=config,
+                progress_bar=False,
+            )
             seconds.append(time.perf_counter() - began)
+            made = [len(a.generated_tokens) for a in answers.values()]
+            if made != [new] * batch:
+                raise RuntimeError(f"continuous batching made {made} tokens instead of {new} each")
         return batch * (long - short) / max(1e-9, seconds[1] - seconds[0])
 
 

@@ -20,7 +20,7 @@ from engine.request import EngineRequest
 from engine.sampler import prompt_logprobs, sample
 from engine.step import Row, Sampled
 from kernels.attention import Workspace
-from kernels.blocks import read_block, write_block
+from kernels.blocks import allocate_pool, read_block, write_block
 from kernels.ragged import build_metadata
 from mesh.errors import EXIT_ENVIRONMENT, EXIT_MEMORY, EXIT_USAGE, StartupError
 from mesh.layout import KvLayout
@@ -220,7 +220,7 @@ def _context_length(wanted: int, config: ModelConfig, pool_tokens: int) -> int:
 def _allocate_pool(layout: KvLayout, num_blocks: int, device: torch.device) -> Tensor:
     shape = (num_blocks, layout.layers, 2, layout.kv_heads, layout.block_tokens, layout.head_dim)
     try:
-        return torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)
-    except (RuntimeError, MemoryError):
+        return allocate_pool(shape, getattr(torch, layout.dtype), device)
+    except (RuntimeError, MemoryError, OSError):
         size = num_blocks * layout.block_bytes
         raise StartupError(f"cannot allocate a KV pool of {size} bytes on {device}", EXIT_MEMORY) from None

@@ -160,9 +160,7 @@ def _draw_rows(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
     """By the inverse of the cumulative distribution over the kept tokens in token-id order, in float64."""
     params = [request.params for request in requests]
     scaled = logits.double()
-    scaled = scaled - scaled.amax(
-        dim=1, keepdim=True
-    )  # before the division: a tiny temperature must not overflow
+    scaled = scaled - scaled.amax(dim=1, keepdim=True)  # first: a tiny temperature must not overflow
     scaled = scaled / _column([p.temperature for p in params], scaled)
     if any(0 < p.top_k < logits.shape[1] for p in params):
         scaled = _keep_top_k(scaled, [p.top_k for p in params])

@@ -6,9 +6,25 @@ is one contiguous range of bytes whatever the number of layers.
 
 from __future__ import annotations
 
+import math
+import mmap
+from contextlib import suppress
+
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def allocate_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A pool of zeros. On a CPU the system hands its memory out page by page as it is first written, so that a large
+    pool costs nothing until it is used. Raises `RuntimeError`, `OSError` or `MemoryError` when there is not enough."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def as_bytes(pool: Tensor) -> Tensor:

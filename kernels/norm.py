@@ -11,6 +11,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     `x` is `[..., dim]`; `weight` is `[dim]` or broadcasts over `x`'s last dimensions. Returns `x`'s shape and dtype.
     """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     inverse = norm.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
     return (x * inverse.to(x.dtype)).mul_(weight)

@@ -122,7 +122,7 @@ class KvEndpoint:
     def produced(self, stream: str, name: bytes, payload: Payload) -> None:
         """A block of `stream` is complete; `payload`'s `layout.block_bytes` bytes must not change afterwards."""
         self._check(payload)
-        self._holder.apply(hs.Produced(stream, name, payload))
+        self._holder.give(stream, name, payload)
 
     def close_stream(self, stream: str, failed: bool = False) -> None:
         """Nothing more is produced. What is held stays fetchable by `NeedBlocks` until the stream is released.
@@ -139,11 +139,11 @@ class KvEndpoint:
         """Answers `NeedBlocks` for one name; None: not held."""
         if payload is not None:
             self._check(payload)
-        self._holder.apply(hs.Provided(name, payload))
+        self._holder.give(None, name, payload)
 
     def wants(self, stream: str) -> frozenset[bytes]:
         """Names of blocks that the fetchers of `stream` still wait for."""
-        return self._holder.state.wants(stream)
+        return self._holder.wants(stream)
 
     def sockets(self) -> list[Socket]:
         """To be polled for reading; changes as connections come and go."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 
 import zmq
 
@@ -76,6 +78,9 @@ class Holder:
         self._slots: dict[hs.Key, set[tuple[str, int, int]]] = {}
         self._owner: dict[tuple[str, int, int], hs.Key] = {}
         self._lost: list[bytes] = []
+        self._fresh: list[tuple[str | None, bytes, Payload | None]] = []
+        """Blocks given by the engine and not yet to the protocol: (stream or None for an answer, name, bytes)."""
+        self._fresh_size = 0
         self._probes = 0
         self._probe_at = 0.0
         self._sender = 0
@@ -85,19 +90,46 @@ class Holder:
     def num_slots(self) -> int:
         return len(self._owner)
 
+    def wants(self, stream: str) -> frozenset[bytes]:
+        if self._fresh:
+            self._take_fresh()
+        return self.state.wants(stream)
+
     def next_deadline(self) -> float:
-        if self._parcels:
+        if self._parcels or self._fresh:
             return self._clock()
         nearest = holding.next_deadline(self.state)
         return min(nearest, self._probe_at) if self._probes else nearest
 
+    def give(self, stream: str | None, name: bytes, payload: Payload | None) -> None:
+        """A block from the engine: produced for `stream`, or (None) the answer to `NeedBlocks`."""
+        self._fresh.append((stream, name, payload))
+        self._fresh_size += len(payload) if payload is not None else 0
+        if self._fresh_size >= PARCEL_BYTES:
+            self._take_fresh()
+
+    def _take_fresh(self) -> None:
+        """One step for each run of blocks of one kind: a step costs the same for one block as for many."""
+        fresh, self._fresh, self._fresh_size = self._fresh, [], 0
+        for stream, run in groupby(fresh, key=itemgetter(0)):
+            blocks = [(name, payload) for _, name, payload in run]
+            if stream is None:
+                self._step(hs.Provided(tuple(blocks)))
+            else:
+                self._step(hs.Produced(stream, tuple((n, p) for n, p in blocks if p is not None)))
+
     def apply(self, event: hs.Event) -> None:
-        """One step of the protocol, its effects done."""
+        """One step of the protocol, its effects done, after everything that was given before."""
+        if self._fresh:
+            self._take_fresh()
+        self._step(event)
+
+    def _step(self, event: hs.Event) -> None:
         self.state, effects = holding.step(self.state, event, self._clock())
         for effect in effects:
             self._do(effect)
         while self._lost:
-            self.apply(hs.LinkLost(self._lost.pop()))
+            self._step(hs.LinkLost(self._lost.pop()))
 
     def _do(self, effect: hs.Effect) -> None:
         if isinstance(effect, hs.SendBlocks):
@@ -140,11 +172,13 @@ class Holder:
                 self._post(self._parcels.pop(key))
 
     def flush(self) -> None:
-        """Sends every parcel that has begun."""
+        """Sends everything that was given."""
+        if self._fresh:
+            self._take_fresh()
         for key in list(self._parcels):
             self._post(self._parcels.pop(key))
         while self._lost:
-            self.apply(hs.LinkLost(self._lost.pop()))
+            self._step(hs.LinkLost(self._lost.pop()))
 
     def _flush_link(self, link: bytes) -> None:
         for key in [k for k in self._parcels if k[0] == link]:

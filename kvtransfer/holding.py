@@ -114,17 +114,26 @@ def _pump(state: Holding, serving: Serving, now: float, effects: list[Effect]) -
 def _produced(state: Holding, event: Produced, now: float, effects: list[Effect]) -> Holding:
     for key in state.by_stream.get(event.stream, ()):
         serving = state.servings[key]
-        index = serving.index_of.get(event.name)
-        if index is not None and (serving.owed & ~serving.ready_mask) >> index & 1:
-            state = _pump(state, take(serving, index, event.payload, state.depth), now, effects)
+        due = serving.owed & ~serving.ready_mask
+        found = [
+            (index, payload)
+            for name, payload in event.blocks
+            if (index := serving.index_of.get(name)) is not None and due >> index & 1
+        ]
+        if found:
+            state = _pump(state, take(serving, found, state.depth), now, effects)
     return state
 
 
 def _provided(state: Holding, event: Provided, now: float, effects: list[Effect]) -> Holding:
-    for serving in list(state.servings.values()):
-        index = serving.index_of.get(event.name)
-        if index is not None and serving.asked >> index & 1:
-            state = _pump(state, take(serving, index, event.payload, state.depth), now, effects)
+    for serving in [s for s in state.servings.values() if s.asked]:
+        found = [
+            (index, payload)
+            for name, payload in event.blocks
+            if (index := serving.index_of.get(name)) is not None and serving.asked >> index & 1
+        ]
+        if found:
+            state = _pump(state, take(serving, found, state.depth), now, effects)
     return state
 
 

@@ -159,14 +159,15 @@ class OpenStream:
 @dataclass(frozen=True, slots=True)
 class Produced:
     stream: str
-    name: bytes
-    payload: Payload
+    blocks: tuple[tuple[bytes, Payload], ...]
+    """Name and bytes of each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Provided:
-    name: bytes
-    payload: Payload | None
+    """The engine's answers to `Need`; None: not held."""
+
+    blocks: tuple[tuple[bytes, Payload | None], ...]
 
 
 @dataclass(frozen=True, slots=True)

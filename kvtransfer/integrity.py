@@ -31,11 +31,8 @@ def digest(
     payload: bytes | memoryview,
 ) -> bytes:
     """xxh3-128 over who sends what to whom, and the bytes themselves."""
-    h = xxhash.xxh3_128(
-        _IDENTITY.pack(transfer_id, attempt, holder, fetcher, index, name, valid_tokens, len(payload))
-    )
-    h.update(payload)
-    return bytes(h.digest())
+    identity = _IDENTITY.pack(transfer_id, attempt, holder, fetcher, index, name, valid_tokens, len(payload))
+    return bytes(xxhash.xxh3_128_digest(identity + xxhash.xxh3_128_digest(payload)))
 
 
 def is_intact(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from kvtransfer.holding_state import Effect, Need, Payload, Send, SendBlocks, Serving
@@ -16,20 +17,25 @@ def pump(serving: Serving, depth: int, now: float, effects: list[Effect]) -> Ser
     return _conclude(serving, effects) if serving.phase == CLOSED else serving
 
 
-def take(serving: Serving, index: int, payload: Payload | None, depth: int) -> Serving:
-    """Notes what is known of a block that is owed: in hand, absent, or (out of room) to be asked for later."""
-    bit = 1 << index
-    asked, absent = serving.asked & ~bit, serving.absent & ~bit
-    if payload is None:
-        return replace(serving, asked=asked, absent=absent | bit)
-    if len(serving.ready) >= depth and serving.sent >= serving.granted:
-        return replace(serving, asked=asked, absent=absent)
+def take(serving: Serving, blocks: Sequence[tuple[int, Payload | None]], depth: int) -> Serving:
+    """Notes what is known of blocks that are owed: in hand, absent, or (out of room) to be asked for later."""
+    ready = list(serving.ready)
+    room = depth + max(0, serving.granted - serving.sent)
+    known = absent = in_hand = 0
+    for index, payload in blocks:
+        bit = 1 << index
+        known |= bit
+        if payload is None:
+            absent |= bit
+        elif len(ready) < room and not in_hand & bit:
+            in_hand |= bit
+            ready.append((index, payload))
     return replace(
         serving,
-        asked=asked,
-        absent=absent,
-        ready=(*serving.ready, (index, payload)),
-        ready_mask=serving.ready_mask | bit,
+        asked=serving.asked & ~known,
+        absent=(serving.absent & ~known) | absent,
+        ready=tuple(ready),
+        ready_mask=serving.ready_mask | in_hand,
     )
 
 

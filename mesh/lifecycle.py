@@ -27,6 +27,8 @@ MAX_STARTS = 5
 """Lives that a process gets before the mesh has served once; a sixth would end like them."""
 LEAVE_GRACE_S = 5.0
 """Beyond its drain time, for a process to close its sockets; then it is killed."""
+SIGNAL_GAP_S = 1.0
+"""Between two equal signals to a process: of two that come at once it sees one."""
 STARTUP_CODES = range(EXIT_USAGE, EXIT_ENVIRONMENT + 1)
 EXIT_KILLED = 130
 """Asked twice to stop: 128 + SIGINT, as shells count."""
@@ -228,7 +230,7 @@ class Lifecycle:
         match self.state:
             case State.SERVING:
                 self.state = State.DRAINING
-                self.deadline = self.drained_by = now + self.drain_timeout
+                self.deadline = self.drained_by = now + max(SIGNAL_GAP_S, self.drain_timeout)
                 note = Note("info", f"draining for at most {self.drain_timeout:.0f} s; once more stops at once")
                 return [note, *self._signal(signal.SIGTERM, Kind.PROXY), *self._advance(now)]
             case State.STARTING:
@@ -249,7 +251,7 @@ class Lifecycle:
         return effects
 
     def _hurry(self, now: float) -> list[Effect]:
-        """The drain time is over: the proxy ends its streams with error events. After that, whoever is left is killed."""
+        """Time is over: the proxy is told again and ends its streams with error events; then who is left is killed."""
         late = [life.name for life in self._leaving() if life.running]
         note = Note("warning", f"{', '.join(late)} did not finish in time")
         if self.state is State.DRAINING and not self.hurried:

@@ -73,9 +73,7 @@ class MetricsServer:
         if self._server is None:
             return
         self._server.pages = _Pages(registry, health)
-        self._thread = Thread(
-            target=self._server.serve_forever, args=(POLL_SECONDS,), name="metrics", daemon=True
-        )
+        self._thread = Thread(target=self._server.serve_forever, args=(POLL_SECONDS,), name="metrics", daemon=True)
         self._thread.start()
 
     def close(self) -> None:

@@ -75,8 +75,6 @@ def connect(url: str, timeout_s: float) -> Any:
             retry=Retry(NoBackoff(), 0),
             retry_on_error=[],
             protocol=2,
-            lib_name=None,
-            lib_version=None,
         )
     except ValueError as error:
         raise StartupError(f"{redact(url)!r} is no Redis URL: {error}", EXIT_STORE) from None
@@ -270,9 +268,7 @@ class RedisPublisher:
     def _by_bucket(self, names: list[int]) -> dict[str, list[int]]:
         grouped: dict[str, list[int]] = {}
         for name in names:
-            grouped.setdefault(self._bucket(self._incarnation, name & self._buckets - 1), []).append(
-                member(name)
-            )
+            grouped.setdefault(self._bucket(self._incarnation, name & self._buckets - 1), []).append(member(name))
         return grouped
 
     def _key(self, kind: str) -> str:

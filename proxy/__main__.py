@@ -41,7 +41,7 @@ from proxy.routing.place import Place
 from proxy.routing.residency import BlockChange, LocalResidency
 from proxy.routing.residency_redis import RedisFollower
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("proxy")
 
 PROG = "kvmesh serve proxy"
 DRAIN_S = 30.0
@@ -89,13 +89,21 @@ def listen(address: str, port: int) -> socket.socket:
             address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise _cannot_listen(address, port, error) from None
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(target)
         listener.listen()
-    except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise StartupError(f"cannot listen on {address}:{port}: {reason.lower()}", EXIT_PORT) from None
+    except OSError as error:
+        listener.close()
+        raise _cannot_listen(address, port, error) from None
     return listener
+
+
+def _cannot_listen(address: str, port: int, error: OSError) -> StartupError:
+    reason = (error.strerror or str(error)).lower()
+    return StartupError(f"cannot listen on {address}:{port}: {reason}", EXIT_PORT)
 
 
 async def serve(settings: ProxySettings, tokenizer: Tokenizer, listener: socket.socket) -> None:

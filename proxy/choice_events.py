@@ -78,9 +78,7 @@ class Tick:
     """Time passed."""
 
 
-Event = (
-    Routed | NoRoute | Deltas | WorkerRefused | WorkerLost | ClientGone | StopReached | FleetChanged | Tick
-)
+Event = Routed | NoRoute | Deltas | WorkerRefused | WorkerLost | ClientGone | StopReached | FleetChanged | Tick
 
 
 @dataclass(frozen=True, slots=True)

@@ -295,9 +295,7 @@ class MeshDispatcher:
         common = (choice.wire_id, assign.number, choice.tokens, len(request.tokens), choice.params)
         root, left = choice.generation.hash_root, choice.generation.deadline - now
         choice.decode = assign.decode
-        choice.prefill = (
-            assign.source.worker_id if assign.source is not None and assign.source_prefills else None
-        )
+        choice.prefill = assign.source.worker_id if assign.source is not None and assign.source_prefills else None
         if assign.source is not None and assign.source_prefills:
             sent = self._fleet.send(assign.source, Prefill(*common, root, left, decode))
             if not sent:

@@ -35,11 +35,7 @@ class FleetCollector(Collector):
             retries.add_metric([cause], self._dispatcher.retries.get(cause, 0))
         yield retries
         yield GaugeMetricFamily("kvmesh_choices_live", "Choices being generated.", self._dispatcher.live)
-        yield GaugeMetricFamily(
-            "kvmesh_choices_waiting", "Choices without a worker.", self._dispatcher.waiting
-        )
-        yield GaugeMetricFamily(
-            "kvmesh_residency_names", "Blocks in the local index.", len(self._fleet.index)
-        )
+        yield GaugeMetricFamily("kvmesh_choices_waiting", "Choices without a worker.", self._dispatcher.waiting)
+        yield GaugeMetricFamily("kvmesh_residency_names", "Blocks in the local index.", len(self._fleet.index))
         yield CounterMetricFamily("kvmesh_residency_gaps", "Missed residency events.", self._fleet.gaps)
         yield CounterMetricFamily("kvmesh_control_bad_frames", "Control frames dropped.", self._bad_frames())

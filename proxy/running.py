@@ -119,19 +119,13 @@ class RunningGeneration:
         return self._failure
 
     def emitted(self, choice: int, emit: Emit) -> None:
-        self._chunks.append(
-            Chunk(choice, emit.index, emit.tokens, emit.logprobs, emit.finish, emit.prompt_logprobs)
-        )
+        self._chunks.append(Chunk(choice, emit.index, emit.tokens, emit.logprobs, emit.finish, emit.prompt_logprobs))
         self._wake()
 
     def failed(self, choice: int, fail: Fail) -> None:
         """One choice that cannot be completed ends the request."""
         self._open.discard(choice)
-        self.end(
-            RequestError(
-                fail.status, fail.message, type=fail.type, code=fail.code, retry_after=fail.retry_after
-            )
-        )
+        self.end(RequestError(fail.status, fail.message, type=fail.type, code=fail.code, retry_after=fail.retry_after))
 
     def end(self, failure: RequestError) -> None:
         """Aborts what runs; the iteration raises `failure` after the chunks that are there."""

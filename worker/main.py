@@ -70,9 +70,9 @@ def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
     began = time.monotonic()
     set_threads(settings.threads)
     runner = load_runner(settings)
-    max_model_len = runner.max_model_len
     budget = settings.max_num_batched_tokens or (CPU_STEP_TOKENS if settings.device == "cpu" else CUDA_STEP_TOKENS)
-    engine = Engine(runner, EngineConfig(settings.max_num_seqs, budget, max_model_len))
+    engine = Engine(runner, EngineConfig(settings.max_num_seqs, budget, runner.max_model_len))
+    max_model_len = engine.capacity_tokens
     report("warm-up")
     step_bound = warm_up(engine, budget)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

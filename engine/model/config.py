@@ -267,6 +267,8 @@ def _rope(fields: _Fields, max_positions: int) -> RopeConfig:
         if place.data.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise broken(f"{fields.path}: partial rotary embeddings are not supported")
     theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0))
+    if theta <= 1:
+        raise broken(f"{fields.path}: rope_theta must be above 1, not {theta}")
     if kind == "default":
         return RopeConfig("default", theta, max_positions)
     return _scaled_rope(fields, rope, str(kind), theta, max_positions)

@@ -107,13 +107,12 @@ async def _prompt_tokens(service: Service, body: ChatBody) -> list[int]:
     chat = service.tokenizer.chat
     messages = template_messages(body.messages, knows_developer_role=chat is not None and chat.knows_developer_role)
     variables = _template_variables(body)
-    size = sum(len(message["content"]) for message in messages)
-    return await service.encode(
-        lambda: service.tokenizer.render_chat(messages, body.tools, **variables),
-        size,
-        special=bool(body.add_special_tokens),
-        param="messages",
-    )
+
+    def encoded() -> list[int]:
+        text = service.tokenizer.render_chat(messages, body.tools, **variables)
+        return service.encode(text, special=bool(body.add_special_tokens), param="messages")
+
+    return await service.beside(encoded, sum(len(message["content"]) for message in messages))
 
 
 def _template_variables(body: ChatBody) -> dict[str, Any]:

@@ -72,7 +72,8 @@ def completions_router(service: Service) -> APIRouter:
         check_completion(body)
         facts = service.facts()
         n, echo = body.n or 1, bool(body.echo)
-        prompts = [await _prompt(service, body, given) for given in given_prompts(body.prompt, n)]
+        given = given_prompts(body.prompt, n)
+        prompts = await service.beside(lambda: [_prompt(service, body, p) for p in given], sum(map(len, given)))
         discard = body.max_tokens == 0
         asked = 1 if discard else body.max_tokens
         budgets = [token_budget(asked, len(p.tokens), facts.max_model_len, "prompt") for p in prompts]
@@ -144,11 +145,11 @@ def _token_ids(ids: Any, where: str) -> list[int]:
     return ids
 
 
-async def _prompt(service: Service, body: CompletionBody, given: str | list[int]) -> Prompt:
+def _prompt(service: Service, body: CompletionBody, given: str | list[int]) -> Prompt:
     tokenizer, skip = service.tokenizer, body.skip_special_tokens is not False
     if isinstance(given, str):
         special = body.add_special_tokens is not False
-        tokens = await service.encode(lambda: given, len(given), special=special, param="prompt")
+        tokens = service.encode(given, special=special, param="prompt")
     else:
         tokens = given
         service.check_ids(tokens, "prompt")

@@ -47,8 +47,8 @@ def error_headers(error: RequestError) -> dict[str, str]:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
-    if error.code in ("draining", "request_too_large"):
-        # Draining: the next request belongs to another proxy. Too large: the rest of the body is not read.
+    if error.code in ("draining", "request_too_large") or error.status == 408:
+        # Draining: the next request belongs to another proxy. Else: the rest of the body is not read.
         headers["connection"] = "close"
     return headers
 

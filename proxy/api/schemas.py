@@ -125,6 +125,24 @@ PROMPT_SCHEMA = {
     ]
 }
 
+NULLABLE_STRING = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": NULLABLE_STRING,
+                "code": NULLABLE_STRING,
+            },
+        }
+    },
+}
+
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Body = TypeVar("Body", bound="GenerationBody")
 
@@ -222,7 +240,7 @@ def _is_off(value: Any) -> bool:
 
 
 def openapi_body(kind: type[GenerationBody]) -> dict[str, Any]:
-    """The `requestBody` of `kind` for /openapi.json, without references."""
+    """The body of `kind` and the error object for /openapi.json, without references."""
     schema = kind.model_json_schema()
     definitions = schema.pop("$defs", {})
 
@@ -234,4 +252,8 @@ def openapi_body(kind: type[GenerationBody]) -> dict[str, Any]:
             return {key: inlined(member) for key, member in value.items()}
         return [inlined(member) for member in value] if isinstance(value, list) else value
 
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}}}}
+    error = {"description": "An error object.", "content": {"application/json": {"schema": ERROR_SCHEMA}}}
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}}},
+        "responses": {"4XX": error, "5XX": error},
+    }

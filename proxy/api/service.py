@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -26,6 +26,8 @@ INLINE_CHARS = 8_000
 NORMALISED = 4
 """Normalisation may shorten a text before it is cut into tokens, by less than this factor."""
 RETRY_NO_WORKERS_S = 2
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +73,17 @@ class Service:
             )
         return facts
 
-    async def encode(self, render: Callable[[], str], size: int, *, special: bool, param: str) -> list[int]:
-        """Token ids of `render()`, whose text has about `size` characters. Raises `RequestError` 400."""
+    async def beside(self, work: Callable[[], T], size: int) -> T:
+        """`work()`, which handles about `size` characters; in a thread when that takes noticeable time."""
+        return work() if size <= INLINE_CHARS else await asyncio.to_thread(work)
 
-        def encoded() -> list[int]:
-            text = render()
-            limit = self.facts().max_model_len
-            fewest = len(text) // (self.tokenizer.longest_token * NORMALISED)
-            if fewest > limit:  # not worth cutting into tokens
-                raise context_length_exceeded(limit, f"more than {fewest}", param)
-            return self.tokenizer.encode(text, add_special_tokens=special)
-
-        ids = encoded() if size <= INLINE_CHARS else await asyncio.to_thread(encoded)
+    def encode(self, text: str, *, special: bool, param: str) -> list[int]:
+        """Token ids of a prompt. Raises `RequestError` 400 when there are none, too many or unknown ones."""
+        limit = self.facts().max_model_len
+        fewest = len(text) // (self.tokenizer.longest_token * NORMALISED)
+        if fewest > limit:  # not worth cutting into tokens
+            raise context_length_exceeded(limit, f"more than {fewest}", param)
+        ids = self.tokenizer.encode(text, add_special_tokens=special)
         self.check_ids(ids, param)
         return ids
 

@@ -61,6 +61,4 @@ def overloaded(live: int, limit: int, owed_tokens: int, tokens_per_s: float) -> 
 
 
 def draining() -> RequestError:
-    return RequestError(
-        503, "The server is shutting down.", type="server_error", code="draining", retry_after=5
-    )
+    return RequestError(503, "The server is shutting down.", type="server_error", code="draining", retry_after=5)

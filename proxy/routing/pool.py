@@ -255,16 +255,12 @@ class WorkerPool:
     def overdue(self, now: float) -> list[Place]:
         """Workers in use that have been silent for too long."""
         return [
-            w.place
-            for w in self._workers.values()
-            if w.health is Health.ALIVE and now - w.last_beat > w.silence_limit
+            w.place for w in self._workers.values() if w.health is Health.ALIVE and now - w.last_beat > w.silence_limit
         ]
 
     def silent_since(self, when: float) -> list[Place]:
         """Workers that have been silent since `when` or longer."""
-        return [
-            w.place for w in self._workers.values() if w.health is Health.SILENT and w.silent_since <= when
-        ]
+        return [w.place for w in self._workers.values() if w.health is Health.SILENT and w.silent_since <= when]
 
     def _note_loss(self, worker: Worker, now: float) -> None:
         if worker.decodes:

@@ -106,9 +106,7 @@ class RedisFollower:
         if healthy and not self._healthy:
             log.info("the store %s is back", redact(self._url))
         elif self._healthy and not healthy:
-            log.warning(
-                "the store %s does not answer; routing goes on without news: %s", redact(self._url), reason
-            )
+            log.warning("the store %s does not answer; routing goes on without news: %s", redact(self._url), reason)
         self._healthy = healthy
 
     def _load(self) -> None:

@@ -120,9 +120,7 @@ class _Ask:
         return max(0, self.tokens - decode.cached_tokens) * self.policy.transfer_s_per_token
 
 
-def route(
-    tokens: int, workers: Sequence[Candidate], policy: Policy, *, here_only: bool = False
-) -> Plan | None:
+def route(tokens: int, workers: Sequence[Candidate], policy: Policy, *, here_only: bool = False) -> Plan | None:
     """The plan for a prompt of `tokens` tokens, or None without a decode worker. Ties go to the first name.
 
     `here_only`: compute the whole prompt where it is decoded.
@@ -167,7 +165,7 @@ def _plan(ask: _Ask, decode: Candidate, feeder: Candidate | None, here_only: boo
     if holder is None:
         return Plan(decode.place, None, False, ask.tokens, uncached, remainder, cost)
     limit = ask.tokens if feeder is None else RECOMPUTE_TOKENS
-    cost += HANDOFF_S + ask.moved(decode)
+    cost += LAMBDA * (HANDOFF_S + ask.moved(decode))  # it occupies the holder and a second cache
     return Plan(decode.place, holder.place, False, limit, uncached, remainder, cost)
 
 

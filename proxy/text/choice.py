@@ -58,27 +58,27 @@ class ChoiceText:
         """`finish`: what the engine says of the last of `tokens`."""
         text = ""
         offsets = []
-        count = 0
-        for token in tokens:
-            count += 1
+        for i, token in enumerate(tokens):
             self.num_tokens += 1
             offsets.append(self._decoded)
-            last = finish is not None and count == len(tokens)
-            hidden = last and finish == "stop" and self._hide_stop_token
-            new = "" if hidden else self._detokenizer.push(token)
-            if last:
-                new += self._detokenizer.flush()
-            self._decoded += len(new)
-            text += self._through_stops(new)
-            if self._stops is not None and self._stops.matched is not None:
-                self.finish = "stop"
-                return Piece(text, count, "stop", tuple(offsets))
-        self.finish = finish
-        if finish is not None and self._stops is not None:
-            text += self._stops.flush()
-        return Piece(text, count, finish, tuple(offsets))
+            ends = finish == "stop" and i == len(tokens) - 1
+            text += self._shown("" if ends and self._hide_stop_token else self._detokenizer.push(token))
+            if self._matched:
+                break
+        if finish is not None and not self._matched:
+            text += self._shown(self._detokenizer.flush())
+            if self._stops is not None and not self._matched:
+                text += self._stops.flush()
+        self.finish = "stop" if self._matched else finish
+        return Piece(text, len(offsets), self.finish, tuple(offsets))
 
-    def _through_stops(self, text: str) -> str:
+    @property
+    def _matched(self) -> bool:
+        return self._stops is not None and self._stops.matched is not None
+
+    def _shown(self, text: str) -> str:
+        """What of newly decoded text is certain to stay."""
+        self._decoded += len(text)
         if self._stops is None or self.num_tokens <= self._min_tokens:
             return text
         return self._stops.push(text)

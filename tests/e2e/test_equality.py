@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def prompts() -> list[list[int]]:
 @cache
 def reference(directory: Path) -> list[tuple[list[int], list[float]]]:
     """Greedy continuations of all prompts by transformers, in float32, with log-probabilities."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     answers = []
     with torch.inference_mode():
         for prompt in prompts():

@@ -115,7 +115,7 @@ class Simulation:
         block = name(number)
         self.held.add(block)
         if block in self.holder.wants(stream):
-            self._hold_step(hs.Produced(stream, block, content(block)))
+            self._hold_step(hs.Produced(stream, ((block, content(block)),)))
 
     def _kill(self, who: int) -> None:
         self.alive.discard(who)
@@ -173,7 +173,7 @@ class Simulation:
             self.outcome.dropped.append(effect.reason)
 
     def _provide(self, block: bytes) -> None:
-        self._hold_step(hs.Provided(block, content(block) if block in self.held else None))
+        self._hold_step(hs.Provided(((block, content(block) if block in self.held else None),)))
 
     def _send_blocks(self, effect: hs.SendBlocks) -> None:
         head = (effect.transfer_id, effect.attempt, HOLDER, effect.fetcher)

@@ -4,8 +4,8 @@
     fake_mesh.py proxy|prefill|decode FLAGS    what it starts
 
 `MODEL_DIR/behaviour.json` maps a member's name to what it does instead of working: `refuse` (a startup error),
-`crash` (exit code 1 before it is ready), `stubborn` (ignores SIGTERM), `slow` (leaves at the second SIGTERM). A worker writes its process id to
-`MODEL_DIR/NAME.pid` before it is ready.
+`crash` (exit code 1 before it is ready), `stubborn` (ignores SIGTERM), `slow` (leaves at the second SIGTERM). A
+member writes its process id to `MODEL_DIR/NAME.pid` before it is ready.
 """
 
 from __future__ import annotations

@@ -152,6 +152,16 @@ def test_who_does_not_finish_in_time_is_killed() -> None:
     assert without_notes(mesh.step(Tick(), 50.1)) == [Signal(name, signal.SIGKILL) for name in WORKERS]
 
 
+def test_two_signals_to_the_proxy_are_never_one() -> None:
+    mesh = Lifecycle(MEMBERS, drain_timeout=0.0)
+    mesh.start(0.0)
+    for name in WORKERS:
+        mesh.step(Reported(name, Phase(READY)), 1.0)
+    mesh.step(DoorOpen(), 2.0)
+    assert without_notes(mesh.step(StopAsked(), 10.0)) == [Signal("proxy", signal.SIGTERM)]
+    assert without_notes(mesh.step(Tick(), 11.0)) == [Signal("proxy", signal.SIGTERM)]
+
+
 def test_a_second_stop_ends_at_once() -> None:
     mesh = serving()
     mesh.step(StopAsked(), 10.0)

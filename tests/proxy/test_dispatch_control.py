@@ -297,7 +297,9 @@ def test_streams_survive_workers_that_come_and_go(tmp_path: Path, seed: int) -> 
             lives = dict.fromkeys(ids, 1)
             fakes = {w: await mesh.worker(w, role) for w, role in ids.items()}
             autos = {w: AutoWorker(fake, rng) for w, fake in fakes.items()}
-            outcomes = [asyncio.create_task(outcome(mesh, i, rng.randint(1, 6), rng.randint(1, 150))) for i in range(40)]
+            outcomes = [
+                asyncio.create_task(outcome(mesh, i, rng.randint(1, 6), rng.randint(1, 150))) for i in range(40)
+            ]
             for turn in range(100_000):
                 if all(t.done() for t in outcomes):
                     break

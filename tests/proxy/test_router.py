@@ -118,7 +118,7 @@ def test_the_prefill_worker_with_the_prefix_wins_until_its_queue_is_long() -> No
 
 
 def test_the_decode_worker_with_the_prefix_wins_until_it_is_loaded() -> None:
-    warm, idle = decode("d1", cached_tokens=900, live=2), decode("d0")
+    warm, idle = decode("d1", cached_tokens=900, live=1), decode("d0")
     assert plan(1000, warm, idle).decode == warm.place
     assert plan(1000, replace(warm, owed_tokens=50_000, live=60), idle).decode == idle.place
 

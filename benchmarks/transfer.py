@@ -1,0 +1,208 @@
+"""KV block transfer between two processes, per transport and block size, beside a plain memory copy.
+
+    python benchmarks/transfer.py [--json] [--mib 256] [--rounds 5]
+
+One process holds blocks, this one fetches them through two `KvEndpoint`s, digests checked, and copies each into its
+page, as a decode worker does. GB/s count payload bytes once, from `fetch` to `FetchEnded`. `memcpy` copies blocks of
+the same size over the same amount of memory with numpy, in the same rounds; `ratio` is transport / memcpy. `local` runs
+holder and fetcher in this one process and moves no bytes but into the pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+import zmq
+
+from kvtransfer.endpoint import BlockArrived, FetchEnded, KvEndpoint, NeedBlocks, Wanted
+from kvtransfer.transports.local import Exchange
+from mesh.layout import KvLayout
+from mesh.messages import Peer
+
+BLOCK_KIB = (16, 192, 1024, 2048)
+ROUTES = ("local", "shm", "zmq-ipc", "zmq-tcp")
+FETCH_LIMIT_S = 120.0
+Context = zmq.Context[zmq.Socket[bytes]]
+Pages = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One transport at one block size."""
+
+    transport: str
+    block_kib: int
+    gb_per_s: float
+    """Best round."""
+    median_gb_per_s: float
+    ratio: float
+    """Best round beside the best of memcpy."""
+
+
+def layout_of(block_kib: int) -> KvLayout:
+    """[layers, 2, 8, 16, 64] uint8: 16 KiB per layer."""
+    return KvLayout(layers=block_kib // 16, kv_heads=8, head_dim=64, block_tokens=16, dtype="uint8")
+
+
+def block_name(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+class Station:
+    """An endpoint and the loop around it; answers every `NeedBlocks` from a few blocks that it holds."""
+
+    def __init__(
+        self, context: Context, route: str, folder: str, kib: int, exchange: Exchange, worker: int
+    ) -> None:
+        self.endpoint = KvEndpoint(
+            context=context,
+            bind="tcp://127.0.0.1:0" if route == "zmq-tcp" else f"ipc://{folder}/{worker}",
+            worker_id=str(worker),
+            incarnation=worker,
+            host="bench",
+            layout=layout_of(kib),
+            transports=(route.split("-")[0],),
+            clock=time.monotonic,
+            exchange=exchange,
+        )
+        self.poller = zmq.Poller()
+        self.watched: set[zmq.Socket[bytes]] = set()
+        self.held = [os.urandom(kib << 10) for _ in range(max(1, (64 << 10) // kib))]
+
+    def turn(self, wait_ms: int) -> list[BlockArrived | FetchEnded]:
+        current = set(self.endpoint.sockets())
+        for socket in self.watched - current:
+            self.poller.unregister(socket)
+        for socket in current - self.watched:
+            self.poller.register(socket, zmq.POLLIN)
+        self.watched = current
+        due = self.endpoint.next_deadline() <= time.monotonic()
+        ready = {s for s, _ in self.poller.poll(0 if due else wait_ms)}
+        events = [e for s in current if s in ready for e in self.endpoint.receive(s)]
+        events += self.endpoint.tick()
+        for event in events:
+            if isinstance(event, NeedBlocks):
+                for name in event.names:
+                    self.endpoint.provide(name, self.held[int.from_bytes(name, "big") % len(self.held)])
+        return [e for e in events if isinstance(e, (BlockArrived, FetchEnded))]
+
+
+def serve(route: str, folder: str, kib: int) -> None:
+    """The holding process."""
+    station = Station(zmq.Context(), route, folder, kib, Exchange(), 7)
+    print(station.endpoint.address, flush=True)
+    while True:
+        station.turn(50)
+
+
+@contextmanager
+def holder(
+    route: str, folder: str, kib: int, context: Context, exchange: Exchange
+) -> Iterator[tuple[Peer, Station | None]]:
+    if route == "local":
+        station = Station(context, route, folder, kib, exchange, 7)
+        yield station.endpoint.peer, station
+        station.endpoint.close()
+        return
+    command = [sys.executable, __file__, "--serve", route, folder, str(kib)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        if process.stdout is None:
+            raise RuntimeError("no pipe to the holder")
+        yield Peer("7", 7, process.stdout.readline().strip(), "bench"), None
+    finally:
+        process.terminate()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def fetch_once(station: Station, other: Station | None, peer: Peer, pages: Pages) -> float:
+    """Seconds to bring all of `pages`, `[blocks, block_bytes]`."""
+    layout = station.endpoint.layout
+    wanted = [Wanted(i, block_name(i), layout.block_tokens) for i in range(len(pages))]
+    transfer_id = secrets.token_bytes(16)
+    began = time.perf_counter()
+    station.endpoint.fetch(transfer_id, 0, peer, "", wanted, FETCH_LIMIT_S)
+    while True:
+        for event in station.turn(0 if other is not None else 50):
+            if isinstance(event, BlockArrived):
+                np.copyto(pages[event.index], np.frombuffer(event.payload, dtype=np.uint8))
+            elif event.outcome != "ok" or event.missing:
+                raise RuntimeError(f"the fetch ended: {event.outcome}, {len(event.missing)} missing")
+            else:
+                return time.perf_counter() - began
+        if other is not None:
+            other.turn(0)
+
+
+def copy_once(source: Pages, pages: Pages) -> float:
+    began = time.perf_counter()
+    for page, block in zip(pages, source, strict=True):
+        np.copyto(page, block)
+    return time.perf_counter() - began
+
+
+def measure(kib: int, mib: int, rounds: int) -> list[Figure]:
+    blocks = max(1, (mib << 10) // kib)
+    pages = np.zeros((blocks, kib << 10), dtype=np.uint8)
+    source = np.ones_like(pages)
+    size = pages.nbytes / 1e9
+    copies = [copy_once(source, pages) for _ in range(rounds)]
+    times: dict[str, list[float]] = {"memcpy": copies}
+    for route in ROUTES:
+        exchange = Exchange()
+        context: Context = zmq.Context()
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            holder(route, folder, kib, context, exchange) as (peer, other),
+        ):
+            station = Station(context, route, folder, kib, exchange, 9)
+            fetch_once(station, other, peer, pages)
+            times[route] = [fetch_once(station, other, peer, pages) for _ in range(rounds)]
+            station.endpoint.close()
+        context.term()
+        copies += [copy_once(source, pages) for _ in range(2)]
+    best = size / min(copies)
+    return [
+        Figure(name, kib, size / min(t), size / statistics.median(t), size / min(t) / best)
+        for name, t in times.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--mib", type=int, default=256, help="payload per fetch")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--serve", nargs=3, metavar=("ROUTE", "FOLDER", "KIB"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve[0], args.serve[1], int(args.serve[2]))
+        return
+    figures = [f for kib in BLOCK_KIB for f in measure(kib, args.mib, args.rounds)]
+    if args.json:
+        print(json.dumps({"mib": args.mib, "cpus": os.cpu_count(), "figures": [asdict(f) for f in figures]}))
+        return
+    print(f"{'transport':<10}{'block':>10}{'GB/s best':>12}{'median':>9}{'ratio':>8}")
+    for f in figures:
+        print(
+            f"{f.transport:<10}{f.block_kib:>6} KiB{f.gb_per_s:>12.2f}{f.median_gb_per_s:>9.2f}{f.ratio:>8.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""What every transport must do, and what only shared memory can get wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvtransfer.messages import Offer, Place
+from kvtransfer.transports import shm
+from kvtransfer.transports.base import Posted, Transport, TransportFault
+from kvtransfer.transports.choice import choose, offers, open_transports
+from kvtransfer.transports.inline import InlineTransport
+from kvtransfer.transports.local import Exchange, LocalTransport
+from kvtransfer.transports.shm import Segment, ShmTransport
+
+SLOT_BYTES = 3000
+
+
+@pytest.fixture(params=["local", "zmq", "shm"])
+def ends(request: pytest.FixtureRequest) -> Iterator[tuple[Transport, Transport]]:
+    """A sender and a receiver."""
+    exchange = Exchange()
+    pair: tuple[Transport, Transport]
+    if request.param == "local":
+        pair = (LocalTransport(exchange), LocalTransport(exchange))
+    elif request.param == "zmq":
+        pair = (InlineTransport(), InlineTransport())
+    else:
+        pair = (ShmTransport("here", SLOT_BYTES), ShmTransport("here", SLOT_BYTES))
+    yield pair
+    for transport in pair:
+        transport.close()
+
+
+def posted(transport: Transport, *parts: bytes) -> Posted:
+    result = transport.post(parts)
+    assert result is not None
+    return result
+
+
+def test_equal_scopes(ends: tuple[Transport, Transport]) -> None:
+    assert ends[0].scope == ends[1].scope
+
+
+@pytest.mark.parametrize(
+    "parts", [(b"one",), (b"a" * 1000, b"b" * 1000, b"c" * 1000), (memoryview(b"view"),)]
+)
+def test_parts_arrive_one_after_another(ends: tuple[Transport, Transport], parts: tuple[bytes, ...]) -> None:
+    sender, receiver = ends
+    out = posted(sender, *parts)
+    whole = b"".join(parts)
+    assert receiver.take(out.place, len(whole), out.frame) == whole
+    assert out.place.transport == sender.name
+
+
+def test_the_wrong_size_is_a_fault(ends: tuple[Transport, Transport]) -> None:
+    sender, receiver = ends
+    out = posted(sender, b"12345")
+    with pytest.raises(TransportFault):
+        receiver.take(out.place, SLOT_BYTES * 1_000_000, out.frame)
+
+
+def test_what_was_taken_does_not_change_with_what_is_sent_next(ends: tuple[Transport, Transport]) -> None:
+    sender, receiver = ends
+    first = posted(sender, b"first")
+    taken = receiver.take(first.place, 5, first.frame)
+    sender.reclaim(first.place.slot, first.place.seq)
+    for _ in range(5):
+        posted(sender, b"other")
+    assert bytes(taken) == b"first"
+
+
+def test_closing_twice_and_forgetting_strangers_is_harmless(ends: tuple[Transport, Transport]) -> None:
+    for transport in ends:
+        transport.forget("nobody")
+        transport.close()
+        transport.close()
+
+
+def test_a_slot_that_was_reused_is_a_fault() -> None:
+    sender, receiver = ShmTransport("here", SLOT_BYTES), ShmTransport("here", SLOT_BYTES)
+    try:
+        old = posted(sender, b"old")
+        sender.reclaim(old.place.slot, old.place.seq)
+        new = posted(sender, b"new")
+        assert new.place.slot == old.place.slot
+        with pytest.raises(TransportFault):
+            receiver.take(old.place, 3, None)
+        assert receiver.take(new.place, 3, None) == b"new"
+    finally:
+        sender.close()
+        receiver.close()
+
+
+def test_a_slot_is_reclaimed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm, "SEGMENT_BYTES", 8192)
+    sender = ShmTransport("here", SLOT_BYTES)
+    try:
+        first, second = posted(sender, b"1"), posted(sender, b"2")
+        assert sender.post([b"3"]) is None  # both slots are out
+        for _ in range(2):
+            sender.reclaim(first.place.slot, first.place.seq)
+        third = posted(sender, b"3")
+        assert third.place.slot == first.place.slot
+        assert sender.post([b"4"]) is None
+        sender.reclaim(first.place.slot, first.place.seq)  # late: the slot is another's now
+        assert sender.post([b"4"]) is None
+        assert second.place.slot != third.place.slot
+    finally:
+        sender.close()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        Place("shm", "", 0, 2),
+        Place("shm", "../../etc/passwd", 0, 2),
+        Place("shm", "kvmesh-1-" + "0" * 32, 0, 2),
+    ],
+)
+def test_a_segment_that_is_none_is_a_fault(place: Place) -> None:
+    receiver = ShmTransport("here", SLOT_BYTES)
+    with pytest.raises(TransportFault):
+        receiver.take(place, 3, None)
+    receiver.close()
+
+
+@pytest.mark.parametrize("slot", [-8, 4, 1 << 40, -(1 << 40)])
+def test_a_slot_outside_the_segment_is_a_fault(slot: int) -> None:
+    sender, receiver = ShmTransport("here", SLOT_BYTES), ShmTransport("here", SLOT_BYTES)
+    out = posted(sender, b"abc")
+    with pytest.raises(TransportFault):
+        receiver.take(Place("shm", out.place.segment, slot, 2), 3, None)
+    with pytest.raises(TransportFault):
+        receiver.take(Place("shm", out.place.segment, out.place.slot, 1 << 63), 3, None)
+    sender.close()
+    receiver.close()
+
+
+def test_a_segment_is_private_and_gone_after_close() -> None:
+    sender = ShmTransport("here", SLOT_BYTES)
+    path = shm.SHM_DIR / posted(sender, b"x").place.segment
+    assert path.stat().st_mode & 0o777 == 0o600
+    sender.close()
+    assert not path.exists()
+
+
+def test_only_dead_owners_segments_are_removed() -> None:
+    alive = Segment.own(4096)
+    script = (
+        "import os; from kvtransfer.transports.shm import Segment;"
+        "print(Segment.own(4096).path, flush=True); os._exit(9)"
+    )
+    orphan = Path(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip()
+    )
+    try:
+        assert orphan.exists()
+        assert shm.remove_orphans() >= 1
+        assert not orphan.exists()
+        assert alive.path.exists()
+    finally:
+        alive.close(unlink=True)
+
+
+def test_no_room_in_shared_memory_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm, "SEGMENT_BYTES", 100)
+    sender = ShmTransport("here", SLOT_BYTES)
+    assert sender.post([b"x"]) is None
+    sender.close()
+
+
+def test_the_fetchers_preference_decides_among_what_both_share() -> None:
+    mine = open_transports(("shm", "zmq"), host="here", block_bytes=100, exchange=None)
+    try:
+        here, there = shm.scope("here"), shm.scope("there")
+        assert choose((Offer("shm", here), Offer("zmq", "")), mine).name == "shm"
+        assert choose((Offer("zmq", ""), Offer("shm", here)), mine).name == "zmq"
+        assert choose((Offer("shm", there), Offer("zmq", "")), mine).name == "zmq"
+        assert choose((Offer("rdma", ""),), mine).name == "zmq"
+        assert choose((), mine).name == "zmq"
+        assert [o.transport for o in offers(mine)] == ["shm", "zmq"]
+    finally:
+        for transport in mine.values():
+            transport.close()
+
+
+def test_without_shared_memory_there_is_still_the_connection(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(shm, "SHM_DIR", tmp_path / "none")
+    assert list(open_transports(("shm",), host="here", block_bytes=100, exchange=None)) == ["zmq"]
+    assert os.listdir(tmp_path) == []
