@@ -73,12 +73,19 @@ def _free_host_bytes() -> int:
     """What the system could give without swapping, within the container's limit."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) << 10
-        limit = (CGROUP / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((CGROUP / "memory.current").read_text()))
-    except (OSError, ValueError):
+        free = _fields(Path("/proc/meminfo"))["MemAvailable:"] << 10
+        limit = int((CGROUP / "memory.max").read_text())
+        # Cached files count as used, and the weights were just read; the system drops them for us.
+        stat = _fields(CGROUP / "memory.stat")
+        used = int((CGROUP / "memory.current").read_text()) - stat["inactive_file"] - stat["active_file"]
+        free = min(free, limit - used)
+    except (OSError, ValueError, KeyError):
+        # No such file, or "max" for a limit: what is known so far holds.
         pass
     return max(0, free)
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """A file of lines that begin with a name and a whole number."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) >= 2}

@@ -25,7 +25,7 @@ from kvtransfer.sockets import (
     read_monitor,
     send,
 )
-from kvtransfer.transports.base import PARCEL_BYTES, Payload, Transport
+from kvtransfer.transports.base import Payload, Transport, parcel_bytes
 from kvtransfer.transports.choice import choose
 from kvtransfer.transports.inline import NAME as INLINE
 from mesh.errors import BadFrame
@@ -70,6 +70,7 @@ class Holder:
         self.monitor = monitor_of(self.router, LOST)
         self.state = hs.Holding(incarnation, layout)
         self._me = incarnation
+        self._parcel_bytes = parcel_bytes(layout.block_bytes)
         self._transports = transports
         self._counters = counters
         self._clock = clock
@@ -105,7 +106,7 @@ class Holder:
         """A block from the engine: produced for `stream`, or (None) the answer to `NeedBlocks`."""
         self._fresh.append((stream, name, payload))
         self._fresh_size += len(payload) if payload is not None else 0
-        if self._fresh_size >= PARCEL_BYTES:
+        if self._fresh_size >= self._parcel_bytes:
             self._take_fresh()
 
     def _take_fresh(self) -> None:
@@ -158,7 +159,7 @@ class Holder:
         for wanted, payload in effect.blocks:
             parcel = self._parcels.get(key)
             if parcel is not None and (
-                parcel.size + len(payload) > PARCEL_BYTES or parcel.offers != effect.offers
+                parcel.size + len(payload) > self._parcel_bytes or parcel.offers != effect.offers
             ):
                 self._post(self._parcels.pop(key))
                 parcel = None
@@ -168,7 +169,7 @@ class Holder:
                 )
             parcel.blocks.append((wanted, payload))
             parcel.size += len(payload)
-            if parcel.size >= PARCEL_BYTES:
+            if parcel.size >= self._parcel_bytes:
                 self._post(self._parcels.pop(key))
 
     def flush(self) -> None:

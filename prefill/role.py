@@ -70,8 +70,14 @@ class PrefillRole:
 
     def exported_all(self, event: Stepped) -> None:
         for out in event.output.tokens:
-            if out.request.key in self._streams:
-                self._parts.kv.close_stream(out.request.key)
+            key = out.request.key
+            if key not in self._streams:
+                continue
+            self._parts.kv.close_stream(key)
+            if out.finish != "handoff":  # the first token was the last: nobody needs the blocks
+                del self._streams[key]
+                self._parts.loop.want(key, frozenset())
+                self._parts.kv.release_stream(key)
 
     def _first_token(self, job: Job, out: TokenOut) -> None:
         finish = None if out.finish == "handoff" else out.finish

@@ -111,6 +111,7 @@ class WorkerProcess:
         self._draining_until: float | None = None
         self._exit_code: int | None = None
         self._last_beat = clock()
+        self._closed = False
         self._poller = zmq.Poller()
         self._poller.register(self._wake, zmq.POLLIN)
         for link in self._links:
@@ -121,7 +122,8 @@ class WorkerProcess:
     def drain(self) -> None:
         """Asks for a clean end; callable from a signal handler."""
         self._drain_asked = True
-        os.eventfd_write(self._wake, 1)
+        if not self._closed:
+            os.eventfd_write(self._wake, 1)
 
     def publish(self, events: BlockEvents) -> None:
         """Sends residency straight to every proxy (when no shared store carries it)."""
@@ -286,4 +288,5 @@ class WorkerProcess:
         self._station.kv.close()
         for link in self._links:
             link.close()
+        self._closed = True
         os.close(self._wake)

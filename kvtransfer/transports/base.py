@@ -17,6 +17,13 @@ Payload = bytes | memoryview
 
 PARCEL_BYTES = 1 << 20
 """Small blocks go together up to this size: below it the cost per message dominates, above 4 MiB page faults do."""
+ALONE_BYTES = 1 << 17
+"""A block of this size travels alone: putting it together with others would cost a copy and save nothing."""
+
+
+def parcel_bytes(block_bytes: int) -> int:
+    """The most that one message carries."""
+    return block_bytes if block_bytes >= ALONE_BYTES else PARCEL_BYTES
 
 
 class TransportFault(KvmeshError):

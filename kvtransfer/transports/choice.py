@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from kvtransfer.messages import Offer
 from kvtransfer.transports import inline, local, shm
-from kvtransfer.transports.base import PARCEL_BYTES, Transport
+from kvtransfer.transports.base import Transport, parcel_bytes
 from mesh.errors import EXIT_USAGE, StartupError
 
 log = logging.getLogger(__name__)
@@ -27,12 +27,12 @@ def open_transports(
             found[name] = local.LocalTransport(exchange)
         elif name == shm.NAME:
             try:
-                found[name] = shm.ShmTransport(host, max(block_bytes, PARCEL_BYTES))
+                found[name] = shm.ShmTransport(host, parcel_bytes(block_bytes))
             except OSError as error:
                 log.warning("no shared memory (%s): KV blocks go by ZeroMQ", error)
         elif name == inline.NAME:
-            found[name] = inline.InlineTransport()
-    found.setdefault(inline.NAME, inline.InlineTransport())
+            found[name] = inline.InlineTransport(parcel_bytes(block_bytes))
+    found.setdefault(inline.NAME, inline.InlineTransport(parcel_bytes(block_bytes)))
     return found
 
 

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from kvtransfer.messages import Place
 from kvtransfer.transports.base import Payload, Posted, TransportFault
+from kvtransfer.transports.pool import BufferPool, Bytes
 
 NAME = "shm"
 SHM_DIR = Path("/dev/shm")
@@ -39,7 +40,6 @@ MAX_OPEN_SEGMENTS = 256
 """Of other workers; each is address space and a reference that keeps its memory alive."""
 _SEGMENT_NAME = re.compile(r"kvmesh-[0-9]{1,10}-[0-9a-f]{32}")
 
-Bytes = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.uint64]
 
 
@@ -138,6 +138,7 @@ class ShmTransport:
         self._free: list[int] = []
         self._seqs: list[int] = []
         self._open: dict[str, Segment] = {}
+        self._pool = BufferPool(slot_bytes)
         remove_orphans()
 
     def post(self, parts: Sequence[Payload]) -> Posted | None:
@@ -178,7 +179,7 @@ class ShmTransport:
         inside = place.slot >= 0 and place.slot % 8 == 0 and size >= 0 and start + size <= len(segment.bytes)
         if not inside or int(segment.numbers[place.slot // 8]) != place.seq:
             raise TransportFault("the slot holds something else")
-        copy = np.empty(size, dtype=np.uint8)
+        copy = self._pool.get(size)
         np.copyto(copy, segment.bytes[start : start + size])
         if int(segment.numbers[place.slot // 8]) != place.seq:
             raise TransportFault("the slot was overwritten during the copy")

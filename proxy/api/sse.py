@@ -28,8 +28,8 @@ def quoted(text: str) -> str:
 
 
 def compact(value: Any) -> str:
-    """`value` as JSON without spaces."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """`value` as JSON without spaces; a NaN or an infinity is a fault, not an answer."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def error_frames(error: RequestError) -> bytes:

@@ -182,8 +182,8 @@ class Fleet:
         return answers
 
     def assert_quiet(self) -> None:
-        """Nothing is held anywhere, and every worker's blocks add up."""
-        for worker in self.workers.values():
+        """Nothing is held by any worker that still runs, and its blocks add up."""
+        for worker in self.running:
             end = time.monotonic() + 10
             while not _is_quiet(worker):
                 assert time.monotonic() < end, f"{worker.name}: {worker.engine.load()} {worker.kv.stats()}"
@@ -196,8 +196,12 @@ class Fleet:
             assert time.monotonic() < end, f"not {count} {role} workers"
             time.sleep(0.01)
 
+    @property
+    def running(self) -> list[FleetWorker]:
+        return [worker for worker in self.workers.values() if worker.thread.is_alive()]
+
     def stop(self) -> None:
-        for worker in self.workers.values():
+        for worker in self.running:
             worker.process.drain()
         for worker in self.workers.values():
             worker.thread.join(20)

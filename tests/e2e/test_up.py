@@ -106,9 +106,10 @@ def test_a_bad_start_is_one_line_and_a_documented_exit_code(
 ) -> None:
     answer = run(*flags)
     assert answer.returncode == code, answer.stdout + answer.stderr
-    lines = [line for line in answer.stderr.splitlines() if line.strip()]
+    lines = [line for line in answer.stderr.splitlines() if line.startswith("kvmesh")]
     assert len(lines) == 1, answer.stderr
     assert says in lines[0].lower()
+    assert "Traceback" not in answer.stderr
 
 
 def test_an_unsupported_architecture_is_named(tmp_path: Path) -> None:

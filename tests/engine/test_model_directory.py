@@ -199,7 +199,9 @@ def test_tensor_of_another_shape_is_named(directory: Path) -> None:
 
 
 def test_quantized_tensor_is_named(directory: Path) -> None:
-    edit_weights(directory, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}))
+    edit_weights(
+        directory, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)})
+    )
     assert "model.norm.weight is torch.int8" in refusal(directory)
 
 

@@ -128,6 +128,37 @@ def test_shared_memory_without_a_free_slot_goes_by_the_connection(
         assert set(pair.fetcher.endpoint.stats().bytes_in) == {"zmq"}
 
 
+def test_slots_return_while_a_transfer_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtransfer.transports.shm.SEGMENT_BYTES", 3 << 20)  # two slots
+    with connected(tmp_path, "shm") as pair:
+        pair.holder.endpoint.open_stream("r#1")
+        pair.fetch(T, "r#1", wanted(range(10)))
+        pair.run(lambda: pair.holder.of(WantedChanged))
+        for n in range(10):
+            pair.holder.produce("r#1", [n])
+            pair.run(lambda n=n: n in pair.fetcher.blocks(T))  # type: ignore[misc]
+            pair.run(lambda: not pair.holder.endpoint.stats().slots)
+        assert set(pair.holder.endpoint.stats().bytes_out) == {"shm"}
+
+
+def test_slots_of_an_aborted_transfer_are_free_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtransfer.transports.shm.SEGMENT_BYTES", 3 << 20)
+    with connected(tmp_path, "shm") as pair:
+        pair.holder.endpoint.open_stream("r#1")
+        for number in range(5):
+            transfer, both = transfer_id(number), pair.sides
+            pair.fetch(transfer, "r#1", wanted([number]))
+            pair.run(lambda n=number: len(pair.holder.of(WantedChanged)) == 2 * n + 1)  # type: ignore[misc]
+            pair.sides = [pair.holder]
+            pair.holder.produce("r#1", [number])
+            pair.settle()
+            assert pair.holder.endpoint.stats().slots == 1
+            pair.sides = both
+            pair.fetcher.endpoint.abort_fetch(transfer)  # before it reads what was sent
+            pair.run(lambda: not pair.holder.endpoint.stats().serving)
+        assert pair.holder.endpoint.stats().bytes_out == {"shm": 5 * LAYOUT.block_bytes}
+
+
 def test_an_earlier_incarnation_is_refused_by_name(tmp_path: Path) -> None:
     with connected(tmp_path) as pair:
         old = replace(pair.holder.endpoint.peer, incarnation=6)
@@ -172,7 +203,9 @@ def test_a_fetcher_that_closes_in_the_middle_frees_the_holder_at_once(tmp_path: 
         pair.holder.endpoint.open_stream("r#1")
         pair.fetch(T, "r#1", wanted([0, 1]))
         pair.run(lambda: pair.holder.of(WantedChanged))
+        pair.holder.answers = False  # or the holder would notice by writing to the fetcher
         pair.holder.endpoint.close_stream("r#1")
+        pair.settle()
         pair.fetcher.endpoint.close()
         pair.sides = [pair.holder]
 

@@ -16,6 +16,7 @@ from kvtransfer.transports.base import Posted, Transport, TransportFault
 from kvtransfer.transports.choice import choose, offers, open_transports
 from kvtransfer.transports.inline import InlineTransport
 from kvtransfer.transports.local import Exchange, LocalTransport
+from kvtransfer.transports.pool import BufferPool
 from kvtransfer.transports.shm import Segment, ShmTransport
 
 SLOT_BYTES = 3000
@@ -29,7 +30,7 @@ def ends(request: pytest.FixtureRequest) -> Iterator[tuple[Transport, Transport]
     if request.param == "local":
         pair = (LocalTransport(exchange), LocalTransport(exchange))
     elif request.param == "zmq":
-        pair = (InlineTransport(), InlineTransport())
+        pair = (InlineTransport(SLOT_BYTES), InlineTransport(SLOT_BYTES))
     else:
         pair = (ShmTransport("here", SLOT_BYTES), ShmTransport("here", SLOT_BYTES))
     yield pair
@@ -196,3 +197,25 @@ def test_without_shared_memory_there_is_still_the_connection(
     monkeypatch.setattr(shm, "SHM_DIR", tmp_path / "none")
     assert list(open_transports(("shm",), host="here", block_bytes=100, exchange=None)) == ["zmq"]
     assert os.listdir(tmp_path) == []
+
+
+def test_a_buffer_comes_back_when_its_last_view_is_gone() -> None:
+    pool = BufferPool(1000)
+    whole = pool.get(600)
+    whole[:] = 7
+    view = whole.data.toreadonly()[100:200]
+    del whole
+    assert pool.num_free == 0
+    other = pool.get(600)
+    other[:] = 9
+    assert bytes(view) == b"\x07" * 100
+    del view
+    assert pool.num_free == 1
+    pool.get(600)
+    assert pool.num_free == 1
+
+
+def test_a_buffer_larger_than_the_pools_is_just_memory() -> None:
+    pool = BufferPool(10)
+    assert len(pool.get(11)) == 11
+    assert pool.num_free == 0

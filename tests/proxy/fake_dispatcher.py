@@ -41,6 +41,8 @@ class Script:
     """No prompt logprobs come, although asked for."""
     together: bool = False
     """All choices' chunks of one step arrive as one list."""
+    at_once: bool = False
+    """Everything arrives as one list."""
 
 
 class FakeGeneration:
@@ -58,6 +60,7 @@ class FakeGeneration:
         script, params = self.script, self.request.params
         tokens = list(script.tokens)[: params.max_tokens]
         finish = script.finish if len(tokens) == len(script.tokens) else "length"
+        waiting: list[Chunk] = []
         for start in range(0, len(tokens), script.per_chunk):
             if start in script.pauses:
                 await script.pauses[start].wait()
@@ -72,11 +75,15 @@ class FakeGeneration:
             last = start + len(new) == len(tokens)
             chunks = [self._chunk(c, start, new, finish if last else None) for c in step]
             self.chunks_taken += 1
-            if script.together:
+            if script.at_once:
+                waiting += chunks
+            elif script.together:
                 yield chunks
             else:
                 for chunk in chunks:
                     yield [chunk]
+        if waiting:
+            yield waiting
 
     def _chunk(self, choice: int, index: int, tokens: tuple[int, ...], finish: str | None) -> Chunk:
         params = self.request.params
@@ -114,13 +121,14 @@ class FakeDispatcher:
     def __init__(self, script: Script | Callable[[GenerateRequest], Script], *, max_model_len: int = 256) -> None:
         self._script = script
         self.generations: list[FakeGeneration] = []
-        self.refusals: list[RequestError] = []
-        """Raised by the next submits, first come first."""
+        self.refusals: list[RequestError | None] = []
+        """Raised by the next submits, first come first; None lets one through."""
         self.facts: ModelFacts | None = ModelFacts(max_model_len=max_model_len, block_tokens=16)
 
     def submit(self, request: GenerateRequest) -> FakeGeneration:
-        if self.refusals:
-            raise self.refusals.pop(0)
+        refusal = self.refusals.pop(0) if self.refusals else None
+        if refusal is not None:
+            raise refusal
         script = self._script if isinstance(self._script, Script) else self._script(request)
         generation = FakeGeneration(request, script)
         self.generations.append(generation)

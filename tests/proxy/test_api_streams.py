@@ -95,6 +95,19 @@ def test_a_refusal_of_the_dispatcher_carries_retry_after(code: str, retry_after:
     assert (error_of(response.json())["code"], response.json()["error"]["type"]) == (code, "server_error")
 
 
+def test_a_refused_prompt_aborts_those_already_submitted() -> None:
+    api = Api()
+    api.dispatcher.refusals = [None, RequestError(503, "Not now.", code="overloaded", retry_after=1)]
+    api.complete_error(503, prompt=["a", "b"])
+    assert [g.aborted for g in api.dispatcher.generations] == [["failed"]]
+
+
+def test_tokens_after_a_stop_string_are_dropped_even_when_they_are_already_there() -> None:
+    stream = Api(reply("abcdef", at_once=True)).chat_stream(n=2, stop="c", logprobs=True)
+    assert chat_texts(stream, 2) == ["ab", "ab"]
+    assert finishes(stream) == [(0, "stop"), (1, "stop")]
+
+
 def test_without_workers_it_is_503() -> None:
     api = Api()
     api.dispatcher.facts = None

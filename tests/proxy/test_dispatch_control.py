@@ -200,21 +200,25 @@ def test_a_worker_that_registers_again_has_forgotten_its_requests(tmp_path: Path
     asyncio.run(scenario())
 
 
-def test_a_connection_that_is_gone_costs_one_attempt(tmp_path: Path) -> None:
+def test_a_connection_that_is_gone_moves_all_that_ran_there(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as mesh:
             gone = await mesh.worker("d0", "decode", step_bound_s=50.0)
             other = await mesh.worker("d1", "decode", step_bound_s=50.0)
+            mesh.dispatcher.submit(request("running"))
+            await gone.expect(Decode)
             gone.close()
             for i in range(1000):
-                mesh.dispatcher.submit(request(f"r{i}")).abort("only knocking")
+                knocks = [mesh.dispatcher.submit(request(f"r{i}-{k}")) for k in range(2)]  # one for each worker
+                for knock in knocks:
+                    knock.abort("only knocking")
                 if len(mesh.fleet.pool.routable()) == 1:
                     break
                 await asyncio.sleep(0.001)
-            mesh.dispatcher.submit(request("last"))
-            seen = ""
-            while seen != "last":
-                seen = (await other.expect(Decode)).request_id
+            seen = await other.expect(Decode)
+            while seen.request_id != "running":
+                seen = await other.expect(Decode)
+            assert seen.attempt == 2
 
     asyncio.run(scenario())
 

@@ -388,6 +388,20 @@ def test_a_draining_worker_gets_no_new_requests(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_worker_that_says_it_is_draining_is_not_asked_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            workers = {w: await mesh.worker(w, "decode") for w in ("d0", "d1")}
+            mesh.dispatcher.submit(request("a"))
+            workers["d0"].refuse(await workers["d0"].expect(Decode), "draining")
+            assert (await workers["d1"].expect(Decode)).attempt == 2
+            mesh.dispatcher.submit(request("b"))
+            assert (await workers["d1"].expect(Decode)).request_id == "b"
+            assert workers["d0"].inbox == [Abort("a", 1, "refused")]
+
+    asyncio.run(scenario())
+
+
 def test_requests_spread_before_the_first_beat_counts_them(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as mesh:

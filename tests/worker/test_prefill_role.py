@@ -55,6 +55,15 @@ def test_the_stream_is_closed_after_the_steps_blocks() -> None:
     assert bench.kv.named("close_stream") == [(KEY,)]
 
 
+def test_a_stream_whose_first_token_is_the_last_is_released_at_once() -> None:
+    bench = Bench()
+    role = started(bench)
+    role.stepped(stepped("length"))
+    role.exported_all(stepped("length"))
+    assert bench.kv.named("release_stream") == [(KEY,)]
+    assert not role.busy
+
+
 def test_a_released_stream_frees_the_blocks() -> None:
     bench = Bench()
     role = started(bench)

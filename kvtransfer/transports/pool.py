@@ -1,0 +1,40 @@
+"""Buffers that are used again: a fresh page of memory costs the kernel more than the copy into it."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+
+KEEP_BYTES = 64 << 20
+"""Kept for reuse: two transfers' windows."""
+
+
+class BufferPool:
+    """Buffers of up to `size` bytes. One comes back by itself when the last view of it is gone, on any thread."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._free: deque[Bytes] = deque(maxlen=max(1, KEEP_BYTES // size))
+
+    def get(self, size: int) -> Bytes:
+        """`size` bytes, contents undefined."""
+        if size > self._size:
+            return np.empty(size, dtype=np.uint8)
+        try:
+            whole = self._free.pop()
+        except IndexError:
+            whole = np.empty(self._size, dtype=np.uint8)
+        view = whole[:size]
+        returning: weakref.finalize[Any, Bytes] = weakref.finalize(view, self._free.append, whole)
+        returning.atexit = False
+        return view
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
