@@ -16,17 +16,18 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from engine.engine import Engine, EngineConfig
-from engine.runner import ModelRunner
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.measure import Samples, machine, run_delay_s, table
+from engine.engine import Engine, EngineConfig
 from engine.request import EngineRequest
+from engine.runner import ModelRunner
 from mesh.params import SamplingParams
 
 PROMPT = 128
@@ -96,7 +97,7 @@ class Ours:
             decode.time(self.engine.step)
 
 
-class Clock(StoppingCriteria):  # type: ignore[misc]
+class Clock(StoppingCriteria):
     """Notes the time of every step of `generate`."""
 
     def __init__(self) -> None:
@@ -107,11 +108,14 @@ class Clock(StoppingCriteria):  # type: ignore[misc]
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
+make_config: Any = GenerationConfig
+
+
 class Transformers:
     """`generate` and continuous batching of the same weights."""
 
     def __init__(self, directory: Path, dtype: torch.dtype) -> None:
-        self.model = LlamaForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+        self.model: Any = LlamaForCausalLM.from_pretrained(directory, dtype=dtype)
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = 0
 
@@ -141,9 +145,7 @@ class Transformers:
         config = ContinuousBatchingConfig(num_blocks=256, max_batch_tokens=4096, use_cuda_graph=False)
         seconds = []
         for new in (short, long):
-            generation = GenerationConfig(
-                max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0
-            )
+            generation = make_config(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
             began = time.perf_counter()
             answers = self.model.generate_batch(
                 prompts(batch, seed),
@@ -177,9 +179,7 @@ def attempt(what: Callable[[], float]) -> float | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
@@ -230,9 +230,7 @@ def report(figures: dict[str, dict[str, float]], bandwidth: float, arguments: ar
     print(
         f"\n{machine()}; {arguments.threads} thread(s), {arguments.dtype}, prompt {PROMPT}, {arguments.rounds} rounds"
     )
-    print(
-        f"limit of decode B=1: {bandwidth / 1e9:.1f} GB/s read / {weights / 1e6:.0f} MB of weights = {limit:.0f} tokens/s"
-    )
+    print(f"limit of decode B=1: {bandwidth / 1e9:.1f} GB/s read / {weights / 1e6:.0f} MB = {limit:.0f} tokens/s")
     columns = ["prefill B=1", "prefill B=16", "decode B=1", "decode B=16"]
     rows = []
     for name, values in figures.items():

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -61,7 +62,8 @@ def make_model(directory: Path) -> Path:
         max_position_embeddings=4096,
     )
     target = directory / "llama-25m"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(target)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(target)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (target / name).write_text((demo / name).read_text())
     return target
@@ -125,7 +127,8 @@ async def stream_one(port: int, model: str, prompt: list[int], tokens: int) -> T
     }
     payload = json.dumps(body).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(payload)}\r\n\r\n"
     began = last = time.perf_counter()
     writer.write(head.encode() + payload)
     timing = Timing()
@@ -158,10 +161,7 @@ async def load(
 ) -> tuple[float, list[Timing]]:
     began = time.perf_counter()
     timings = await asyncio.gather(
-        *(
-            stream_one(port, model, prompt_of(i, round_, arguments.prompt), arguments.tokens)
-            for i in range(streams)
-        )
+        *(stream_one(port, model, prompt_of(i, round_, arguments.prompt), arguments.tokens) for i in range(streams))
     )
     return time.perf_counter() - began, timings
 
@@ -172,9 +172,7 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--streams", default="1,8,32")
     parser.add_argument("--prompt", type=int, default=256)
@@ -209,9 +207,8 @@ def measure(model: Path, arguments: argparse.Namespace) -> None:
         ]
         figures[f"{streams} streams, {layout}"] = {"ttft_itl_s": values, "tokens_per_s": rate}
         rows.append([str(streams), layout, *(f"{v * 1000:.1f}" for v in values), f"{rate:.0f}"])
-    print(
-        f"{machine()}; prompt {arguments.prompt}, {arguments.tokens} tokens, {arguments.rounds} rounds, all streams at once"
-    )
+    print(f"{machine()}; {model.name}, {arguments.rounds} rounds, all streams at once")
+    print(f"prompt {arguments.prompt}, {arguments.tokens} tokens each")
     print(table(["streams", "layout", "TTFT p50 ms", "TTFT p99", "ITL p50 ms", "ITL p99", "tokens/s"], rows))
     if arguments.json:
         print(json.dumps({"machine": machine(), "figures": figures}))

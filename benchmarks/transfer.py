@@ -29,6 +29,7 @@ import zmq
 
 from kvtransfer.endpoint import BlockArrived, FetchEnded, KvEndpoint, NeedBlocks, Wanted
 from kvtransfer.transports.local import Exchange
+from kvtransfer.transports.shm import remove_orphans
 from mesh.layout import KvLayout
 from mesh.messages import Peer
 
@@ -64,9 +65,7 @@ def block_name(number: int) -> bytes:
 class Station:
     """An endpoint and the loop around it; answers every `NeedBlocks` from a few blocks that it holds."""
 
-    def __init__(
-        self, context: Context, route: str, folder: str, kib: int, exchange: Exchange, worker: int
-    ) -> None:
+    def __init__(self, context: Context, route: str, folder: str, kib: int, exchange: Exchange, worker: int) -> None:
         self.endpoint = KvEndpoint(
             context=context,
             bind="tcp://127.0.0.1:0" if route == "zmq-tcp" else f"ipc://{folder}/{worker}",
@@ -126,6 +125,7 @@ def holder(
     finally:
         process.terminate()
         process.wait()
+        remove_orphans()
         if process.stdout is not None:
             process.stdout.close()
 
@@ -178,8 +178,7 @@ def measure(kib: int, mib: int, rounds: int) -> list[Figure]:
         copies += [copy_once(source, pages) for _ in range(2)]
     best = size / min(copies)
     return [
-        Figure(name, kib, size / min(t), size / statistics.median(t), size / min(t) / best)
-        for name, t in times.items()
+        Figure(name, kib, size / min(t), size / statistics.median(t), size / min(t) / best) for name, t in times.items()
     ]
 
 
@@ -199,9 +198,7 @@ def main() -> None:
         return
     print(f"{'transport':<10}{'block':>10}{'GB/s best':>12}{'median':>9}{'ratio':>8}")
     for f in figures:
-        print(
-            f"{f.transport:<10}{f.block_kib:>6} KiB{f.gb_per_s:>12.2f}{f.median_gb_per_s:>9.2f}{f.ratio:>8.2f}"
-        )
+        print(f"{f.transport:<10}{f.block_kib:>6} KiB{f.gb_per_s:>12.2f}{f.median_gb_per_s:>9.2f}{f.ratio:>8.2f}")
 
 
 if __name__ == "__main__":

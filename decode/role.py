@@ -16,10 +16,9 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from engine.step import Missing, TokenOut
 from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted
 from kvtransfer.endpoint import Event as KvEvent
-
-from engine.step import Missing, TokenOut
 from kvtransfer.protocol import Wanted
 from mesh.errors import BadFrame
 from mesh.messages import Abort, Decode, Peer, Prefill, PrefillReport

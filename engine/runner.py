@@ -79,9 +79,7 @@ class ModelRunner:
         place = _device(device)
         config = ModelConfig.load(model_dir)
         number = _dtype(dtype, config, place)
-        layout = KvLayout(
-            config.num_layers, config.num_kv_heads, config.head_dim, block_tokens, _name(number)
-        )
+        layout = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_tokens, _name(number))
         checkpoint = Checkpoint(model_dir, progress)
         check_weights(checkpoint.num_parameters(), number.itemsize, free_bytes(place, memory_utilization))
         with torch.inference_mode():
@@ -180,9 +178,7 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise StartupError(
-                f"device {name} is not there: {count} CUDA devices are usable", EXIT_ENVIRONMENT
-            )
+            raise StartupError(f"device {name} is not there: {count} CUDA devices are usable", EXIT_ENVIRONMENT)
         torch.cuda.set_device(device)
     return device
 
@@ -207,13 +203,9 @@ def _context_length(wanted: int, config: ModelConfig, pool_tokens: int) -> int:
     if wanted > longest:
         raise StartupError(f"--max-model-len {wanted} is more than the model's {longest}", EXIT_USAGE)
     if wanted > pool_tokens:
-        raise StartupError(
-            f"--max-model-len {wanted} does not fit the KV pool of {pool_tokens} tokens", EXIT_MEMORY
-        )
+        raise StartupError(f"--max-model-len {wanted} does not fit the KV pool of {pool_tokens} tokens", EXIT_MEMORY)
     if not wanted and longest > pool_tokens:
-        log.warning(
-            "the context is limited to %d tokens by the KV pool, of the model's %d", pool_tokens, longest
-        )
+        log.warning("the context is limited to %d tokens by the KV pool, of the model's %d", pool_tokens, longest)
     return wanted or min(longest, pool_tokens)
 
 

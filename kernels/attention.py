@@ -88,11 +88,11 @@ def write_kv(pool: Tensor, layer: int, kv: Tensor, metadata: AttentionMetadata) 
     What is not finite is stored as zero: masked positions are multiplied with zero, and zero times a NaN that one
     request left in a page would be a NaN in the next request that uses the page.
     """
-    _, _, _, kv_heads, block_tokens, head_dim = pool.shape
-    index = metadata.slots + layer * 2 * kv_heads * block_tokens
+    head_dim = pool.shape[-1]
     finite = torch.nan_to_num(kv, nan=0.0, posinf=0.0, neginf=0.0).view(-1, head_dim)
     # Moving 4-byte words is up to twice as fast as moving 2-byte ones.
-    pool.view(-1, head_dim).view(torch.int32).index_copy_(0, index, finite.view(torch.int32))
+    rows = _from_layer(pool, layer, head_dim).view(torch.int32)
+    rows.index_copy_(0, metadata.slots, finite.view(torch.int32))
 
 
 def paged_attention(q: Tensor, pool: Tensor, layer: int, metadata: AttentionMetadata, window: int) -> Tensor:
@@ -101,11 +101,12 @@ def paged_attention(q: Tensor, pool: Tensor, layer: int, metadata: AttentionMeta
     A query sees the `window` positions up to and including its own; 0 means all. Query head `h` uses key-value head
     `h // (heads // kv_heads)`. Scores are scaled by `head_dim ** -0.5`.
     """
+    batches = metadata.batches[window]
+    if len(batches) == 1:
+        return _attend(q, pool, layer, batches[0], metadata.workspace)
     out = torch.empty_like(q)
-    for batch in metadata.batches[window]:
-        out[batch.start : batch.stop] = _attend(
-            q[batch.start : batch.stop], pool, layer, batch, metadata.workspace
-        )
+    for batch in batches:
+        out[batch.start : batch.stop] = _attend(q[batch.start : batch.stop], pool, layer, batch, metadata.workspace)
     return out
 
 
@@ -133,6 +134,12 @@ def _gather(pool: Tensor, layer: int, batch: PaddedBatch, workspace: Workspace) 
     """The batch's keys and values, each `[rows, kv_heads, keys, head_dim]`."""
     _, _, _, kv_heads, block_tokens, dim = pool.shape
     gathered = workspace.pages(batch.pages.numel(), block_tokens * dim)
-    torch.index_select(pool.view(-1, block_tokens * dim), 0, batch.pages + layer * 2 * kv_heads, out=gathered)
+    torch.index_select(_from_layer(pool, layer, block_tokens * dim), 0, batch.pages, out=gathered)
     keys, values = gathered.view(2, batch.rows, kv_heads, -1, dim)[..., batch.keys, :].unbind()
     return keys, values
+
+
+def _from_layer(pool: Tensor, layer: int, width: int) -> Tensor:
+    """The pool as rows of `width` from `layer` of its first block on: what an index names in layer 0, it names here
+    in `layer`."""
+    return pool.view(-1, width)[layer * (pool[0, 0].numel() // width) :]

@@ -108,9 +108,7 @@ def _slots(rows: Sequence[_Row], positions: Ints, pool: Tensor) -> Ints:
     return slots.reshape(-1)
 
 
-def _batches(
-    rows: Sequence[_Row], window: int, pool: Tensor, workspace: Workspace
-) -> tuple[PaddedBatch, ...]:
+def _batches(rows: Sequence[_Row], window: int, pool: Tensor, workspace: Workspace) -> tuple[PaddedBatch, ...]:
     tiles = [tile for row in rows for tile in _tiles(row, window, pool.shape[4])]
     page_bytes = pool[0, 0].numel() * pool.element_size()
     budget = CPU_BATCH_BYTES if pool.device.type == "cpu" else GPU_BATCH_BYTES

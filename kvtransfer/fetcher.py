@@ -33,9 +33,10 @@ from mesh.layout import KvLayout
 from mesh.messages import Peer
 from mesh.wire import Envelope
 
-RECEIVE_BUDGET = 16
-"""Messages read from a connection at once, up to 16 MiB: what is handed over is still in the cache when it is scattered
-(measured: twice the bandwidth of 64), and slots return while the holder still has others."""
+RECEIVE_MESSAGES = 64
+RECEIVE_BYTES = 8 << 20
+"""Read from a connection at once: what is handed over is still in the cache when it is scattered (measured: twice the
+bandwidth of 64 MiB), and shared-memory slots return while the holder still has others."""
 LINK_IDLE_S = 30.0
 """A connection without transfers is closed; the next fetch opens another in about a millisecond."""
 
@@ -196,39 +197,40 @@ class Fetcher:
         else:
             self._read(link)
 
-    def _read(self, link: Link, budget: int = RECEIVE_BUDGET) -> int:
-        """Reads up to `budget` messages; returns how many there were."""
-        count = 0
-        while count < budget:
+    def _read(self, link: Link) -> int:
+        """Reads a bounded number of messages; returns how many there were."""
+        count = size = 0
+        while count < RECEIVE_MESSAGES and size < RECEIVE_BYTES:
             try:
                 frames = link.dealer.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break
             count += 1
-            self._frames(link, frames)
+            size += self._frames(link, frames)
         for transport, slots in link.returned.items():
             self._send(link, SlotsReturned(transport, tuple(slots)))
         link.returned.clear()
         return count
 
-    def _frames(self, link: Link, frames: list[zmq.Frame]) -> None:
+    def _frames(self, link: Link, frames: list[zmq.Frame]) -> int:
+        """Takes one message in; returns the bytes of its blocks."""
         head = frames[0].buffer
         if len(frames) > 2 or len(head) > MAX_CONTROL_BYTES:
             self._counters.drop("frames")
-            return
+            return 0
         try:
             envelope = unseal(head)
         except BadFrame:
             self._counters.drop("bad_frame")
-            return
+            return 0
         if isinstance(envelope.message, Blocks):
-            self._blocks(
+            return self._blocks(
                 link, envelope, envelope.message, frames[1].buffer.toreadonly() if len(frames) == 2 else None
             )
-        else:
-            self._apply(link, fs.Received(envelope.sender, envelope.receiver, envelope.message))
+        self._apply(link, fs.Received(envelope.sender, envelope.receiver, envelope.message))
+        return 0
 
-    def _blocks(self, link: Link, envelope: Envelope, message: Blocks, frame: Payload | None) -> None:
+    def _blocks(self, link: Link, envelope: Envelope, message: Blocks, frame: Payload | None) -> int:
         payload = self._take(link, message, frame)
         arrivals = []
         at = 0
@@ -242,6 +244,7 @@ class Fetcher:
                 envelope.sender, envelope.receiver, message.transfer_id, message.attempt, tuple(arrivals)
             ),
         )
+        return len(payload)
 
     def _check(self, envelope: Envelope, message: Blocks, header: BlockHeader, part: Payload) -> fs.Arrival:
         intact = len(part) == self._layout.block_bytes and is_intact(

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from engine.step import TokenOut
 from kvtransfer.endpoint import Event as KvEvent
 from kvtransfer.endpoint import StreamReleased
-
-from engine.step import TokenOut
 from mesh.messages import Abort, Decode, Prefill, PrefillReport
 from worker.firsttoken import FirstToken
 from worker.links import ProxyLink

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 import zmq
+
 from engine.engine import Engine, EngineConfig
+from engine.request import EngineRequest
 from engine.runner import ModelRunner
 from engine.sim_engine import SimRunner
 from kvtransfer.endpoint import KvEndpoint
-
-from engine.request import EngineRequest
 from mesh import environment, host, logs, options, startup
 from mesh.errors import EXIT_WORKER, StartupError
 from mesh.messages import BlockEvents, WorkerInfo

@@ -6,9 +6,9 @@ the start: a rate over a counter is never blind to its first event.
 
 from __future__ import annotations
 
-from kvtransfer.endpoint import FetchEnded, TransferStats
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from kvtransfer.endpoint import FetchEnded, TransferStats
 from mesh import __version__
 from mesh.messages import Load, PrefillReport, WorkerInfo
 from worker.steploop import Stepped

@@ -22,10 +22,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import zmq
+
 from engine.engine import Engine
 from kvtransfer.endpoint import Event as KvEvent
 from kvtransfer.endpoint import KvEndpoint, NeedBlocks, WantedChanged
-
 from mesh.errors import EXIT_WORKER
 from mesh.messages import (
     Abort,

@@ -16,7 +16,6 @@ from functools import partial
 
 from engine.engine import Engine
 from engine.errors import CannotFit
-
 from engine.request import EngineRequest
 from engine.step import Missing, StepOutput
 from mesh.messages import Load

@@ -20,9 +20,7 @@ from kernels.linear import Linear
 class Decoder:
     """Token ids in, logits out; keys and values go to the pages that the metadata names."""
 
-    def __init__(
-        self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         """Reads the weights. Raises `StartupError` when one is missing or has another shape."""
         build = _Builder(config, checkpoint, device, dtype, operators(device))
         self.dtype = dtype

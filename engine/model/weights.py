@@ -37,8 +37,7 @@ class Checkpoint:
     def num_parameters(self) -> int:
         """Elements of all tensors."""
         return sum(
-            torch.Size(self._files[path].get_slice(name).get_shape()).numel()
-            for name, path in self._places.items()
+            torch.Size(self._files[path].get_slice(name).get_shape()).numel() for name, path in self._places.items()
         )
 
     def load(self, name: str, *shape: int) -> Tensor:

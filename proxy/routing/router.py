@@ -39,6 +39,9 @@ of a conversation trace fall below it, with less than 5 % of the prefill work.""
 COLD_STEP_SHARE = 4
 """... and at most this fraction of the decode worker's step, so that small (CPU) steps are not filled by
 prompts."""
+SHORT_TOKENS = 64
+"""A remainder below this is one small step of the decode worker: cheaper than a hand-over whatever was measured (and
+a worker that computes only such remainders measures a speed that is all overhead)."""
 BUSY_KV_SHARE = 0.6
 """A decode worker whose pages are used beyond this takes no long prompts over from a busy prefill pool."""
 RECOMPUTE_TOKENS = 2048
@@ -189,6 +192,8 @@ def _stays(ask: _Ask, decode: Candidate, feeder: Candidate, remainder: int) -> b
     if ask.policy.disaggregate_above >= 0:
         return ask.uncached(decode) < ask.policy.disaggregate_above
     cold = cold_threshold(decode)
+    if remainder < min(cold, SHORT_TOKENS):
+        return True
     if decode.tokens_per_s <= 0 or feeder.tokens_per_s <= 0:
         return remainder < cold
     if remainder >= cold and decode.room_tokens < (1 - BUSY_KV_SHARE) * decode.total_tokens:

@@ -11,15 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import ROOT, Deployment, deployment, wait_until
-from tokenizers import Tokenizer
 
-from engine.sim_engine import PRINTABLE, expected_tokens
+from tests.chaos.sim_service import DEMO, FLAGS, expected
+from tests.e2e.processes import Deployment, deployment, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
-DEMO = ROOT / "deploy" / "demo_model"
-FLAGS = ("--engine", "sim", "--sim-step-s", "0.02", "--max-num-batched-tokens", "64", "--max-model-len", "4096")
 CHUNK = 64
 
 
@@ -29,13 +26,6 @@ def service(tmp_path: Path) -> Iterator[Deployment]:
         tmp_path, DEMO, prefill=2, decode=2, flags=FLAGS, proxy_flags=("--disaggregate-above", "32")
     ) as running:
         yield running
-
-
-def expected(prompt: list[int], tokens: int) -> str:
-    """What an undisturbed engine says."""
-    ids = expected_tokens(prompt, tokens, PRINTABLE.stop, first_token=PRINTABLE.start)
-    text: str = Tokenizer.from_file(str(DEMO / "tokenizer.json")).decode(ids)
-    return text
 
 
 class Request(threading.Thread):

@@ -7,10 +7,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from processes import Deployment, deployment, free_port, wait_until
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from test_kill import DEMO, FLAGS, expected
+
+from tests.chaos.sim_service import DEMO, FLAGS, expected
+from tests.e2e.processes import Deployment, deployment, free_port, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fleet import TIMEOUT_S, Fleet, Shape, fleet
 
 from engine.sim_engine import CostModel, SimRunner, expected_tokens
 from mesh.params import SamplingParams
 from proxy.generation import GenerateRequest
+from tests.e2e.fleet import TIMEOUT_S, Fleet, Shape, fleet
 
 VOCAB = 251
 REQUESTS = 120

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from fleet import Answer, Fleet, Shape, fleet
-from tiny_models import FAMILIES, VOCAB, build
 from transformers import AutoModelForCausalLM
 
 from engine.runner import ModelRunner
 from mesh.params import SamplingParams
+from tests.e2e.fleet import Answer, Fleet, Shape, fleet
+from tests.tiny_models import FAMILIES, VOCAB, build
 
 NEW_TOKENS = 10
 LENGTHS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 96, 100)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from openai import AsyncOpenAI, BadRequestError, InternalServerError, NotFoundError
-from processes import ROOT, Deployment, deployment, wait_until
+
+from tests.e2e.processes import ROOT, Deployment, deployment, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 

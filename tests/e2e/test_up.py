@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from processes import ROOT, fetch, free_port, wait_until
+
+from tests.e2e.processes import ROOT, fetch, free_port, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import build
 
 from engine.model.config import FULL_ATTENTION, ModelConfig
 from engine.model.digest import SAMPLE_BYTES, WHOLE_FILE_BYTES, model_digest
 from engine.model.transformer import Decoder
 from engine.model.weights import Checkpoint
 from mesh.errors import EXIT_MODEL, StartupError
+from tests.tiny_models import build
 
 
 @pytest.fixture(scope="module")
@@ -199,9 +199,7 @@ def test_tensor_of_another_shape_is_named(directory: Path) -> None:
 
 
 def test_quantized_tensor_is_named(directory: Path) -> None:
-    edit_weights(
-        directory, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)})
-    )
+    edit_weights(directory, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}))
     assert "model.norm.weight is torch.int8" in refusal(directory)
 
 

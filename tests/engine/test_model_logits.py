@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, LLAMA3_ROPE, VOCAB, YARN_ROPE, build
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +18,7 @@ from engine.model.weights import Checkpoint
 from kernels.attention import Workspace
 from kernels.blocks import allocate_pool
 from kernels.ragged import build_metadata
+from tests.tiny_models import FAMILIES, LLAMA3_ROPE, VOCAB, YARN_ROPE, build
 
 CPU = torch.device("cpu")
 BLOCK_TOKENS = 8

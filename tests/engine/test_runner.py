@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCAB, build
 from transformers import AutoModelForCausalLM
 
 from engine import runner as runner_module
@@ -21,6 +20,7 @@ from engine.step import Row, Runner
 from mesh.errors import EXIT_ENVIRONMENT, EXIT_MEMORY, EXIT_MODEL, EXIT_USAGE, StartupError
 from mesh.layout import KvLayout
 from mesh.params import SamplingParams
+from tests.tiny_models import VOCAB, build
 
 BLOCK_TOKENS = 8
 GREEDY = SamplingParams(max_tokens=100, temperature=0.0)
@@ -96,9 +96,7 @@ def test_batched_chunked_greedy_equals_transformers(directory: Path) -> None:
 
 def test_results_stand_in_the_order_of_the_rows(directory: Path) -> None:
     runner = load(directory)
-    alone = {
-        seed: step(runner, (make_request(seed, length, 0), length)) for seed, length in ((5, 30), (6, 3))
-    }
+    alone = {seed: step(runner, (make_request(seed, length, 0), length)) for seed, length in ((5, 30), (6, 3))}
     together = step(runner, (make_request(5, 30, 0), 30), (make_request(6, 3, 8), 3))
     assert together == alone[5] + alone[6]
 
@@ -142,9 +140,7 @@ def test_blocks_carry_a_request_to_another_runner(directory: Path, dtype: str) -
     assert source.layout.refused_field(target.layout) is None
     first = step(source, (request, 20))
     assert first != [None]
-    pages = [
-        (page, min(BLOCK_TOKENS, 20 - i * BLOCK_TOKENS)) for i, page in enumerate(request.block_table[:3])
-    ]
+    pages = [(page, min(BLOCK_TOKENS, 20 - i * BLOCK_TOKENS)) for i, page in enumerate(request.block_table[:3])]
     for page, valid in pages:
         target.write_block(page + 20, memoryview(source.read_block(page, valid)))
     moved = dataclasses.replace(
@@ -158,9 +154,7 @@ def test_a_read_block_hides_what_is_not_valid(directory: Path) -> None:
     request = make_request(9, 8, 0)
     step(runner, (request, 8))
     page = request.block_table[0]
-    whole, part = (
-        torch.frombuffer(bytearray(runner.read_block(page, n)), dtype=torch.float32) for n in (8, 5)
-    )
+    whole, part = (torch.frombuffer(bytearray(runner.read_block(page, n)), dtype=torch.float32) for n in (8, 5))
     layout = runner.layout
     shape = (layout.layers, 2, layout.kv_heads, BLOCK_TOKENS, layout.head_dim)
     assert torch.equal(part.view(shape)[..., :5, :], whole.view(shape)[..., :5, :])

@@ -28,9 +28,7 @@ class Case:
     lengths: tuple[tuple[int, int], ...]
     tables: list[list[int]]
 
-    def metadata(
-        self, lengths: tuple[tuple[int, int], ...], windows: tuple[int, ...] = (0,)
-    ) -> AttentionMetadata:
+    def metadata(self, lengths: tuple[tuple[int, int], ...], windows: tuple[int, ...] = (0,)) -> AttentionMetadata:
         workspace = Workspace(self.pool.dtype, self.pool.device)
         counts, totals = [n for n, _ in lengths], [kv for _, kv in lengths]
         return ragged.build_metadata(counts, totals, self.tables, self.pool, windows, workspace)

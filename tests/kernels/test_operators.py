@@ -78,9 +78,7 @@ def test_packed_linear_equals_dense(dtype: torch.dtype, rows: int, biased: bool)
 
 @pytest.mark.parametrize("layer", [DenseGatedLinear, PackedGatedLinear])
 @pytest.mark.parametrize("biased", [False, True])
-def test_gated_linear_is_its_formula(
-    layer: type[DenseGatedLinear] | type[PackedGatedLinear], biased: bool
-) -> None:
+def test_gated_linear_is_its_formula(layer: type[DenseGatedLinear] | type[PackedGatedLinear], biased: bool) -> None:
     gate, up, x = random(24, 16), random(25, 16)[1:], random(3, 16)
     gate_bias, up_bias = (random(24), random(25)[1:]) if biased else (None, None)
     wanted = functional.silu(functional.linear(x, gate, gate_bias)) * functional.linear(x, up, up_bias)
@@ -114,9 +112,7 @@ def test_a_block_survives_the_way_through_bytes(dtype: torch.dtype) -> None:
 
 def test_reading_a_partly_filled_block_hides_the_rest() -> None:
     source = pool(torch.float32)
-    page = torch.frombuffer(bytearray(blocks.read_block(source, 1, 3)), dtype=torch.float32).view(
-        source[1].shape
-    )
+    page = torch.frombuffer(bytearray(blocks.read_block(source, 1, 3)), dtype=torch.float32).view(source[1].shape)
     assert torch.equal(page[..., :3, :], source[1][..., :3, :])
     assert not page[..., 3:, :].any()
     assert torch.equal(source, pool(torch.float32))

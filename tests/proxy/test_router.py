@@ -95,6 +95,11 @@ def test_measured_speeds_keep_short_and_send_long_remainders() -> None:
     assert plan(2000, *workers).source_prefills
 
 
+def test_a_very_short_remainder_stays_whatever_speeds_were_measured() -> None:
+    slow = decode("d0", cached_tokens=1088, tokens_per_s=500.0)
+    assert plan(1100, slow, prefill("p0", cached_tokens=1088, tokens_per_s=50_000.0)).source is None
+
+
 def test_a_busy_prefill_pool_leaves_prompts_to_decode_workers_with_room() -> None:
     d = decode("d0", tokens_per_s=20_000.0)
     p = prefill("p0", tokens_per_s=20_000.0, owed_tokens=200_000)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from role_fakes import Bench, decode_message
-
 from decode.role import DecodeRole
 from engine.step import Missing
 from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted
 from mesh.messages import Abort, Refused
+from tests.worker.role_fakes import Bench, decode_message
 from worker.firsttoken import FirstToken
 from worker.steploop import Expected, Rejected
 

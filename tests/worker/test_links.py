@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import zmq
-from role_fakes import Clock, info
 
 from mesh import wire
 from mesh.messages import Goodbye, ProxyBeat, Register, Welcome
+from tests.worker.role_fakes import Clock, info
 from worker.links import ProxyLink
 
 WAIT_MS = 10_000

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from role_fakes import Bench, decode_message, prefill_message
-
 from engine.request import EngineRequest
 from engine.step import StepOutput, TokenOut
 from kvtransfer.endpoint import StreamReleased
 from mesh.messages import Abort, TokenBatch
 from mesh.params import SamplingParams
 from prefill.role import PrefillRole
+from tests.worker.role_fakes import Bench, decode_message, prefill_message
 from worker.firsttoken import FirstToken
 from worker.steploop import Stepped
 

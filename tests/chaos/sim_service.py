@@ -1,0 +1,18 @@
+"""Workers with the simulated engine, and what an undisturbed one would say."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer
+
+from engine.sim_engine import PRINTABLE, expected_tokens
+from tests.e2e.processes import ROOT
+
+DEMO = ROOT / "deploy" / "demo_model"
+FLAGS = ("--engine", "sim", "--sim-step-s", "0.02", "--max-num-batched-tokens", "64", "--max-model-len", "4096")
+
+
+def expected(prompt: list[int], tokens: int) -> str:
+    """What an undisturbed engine says."""
+    ids = expected_tokens(prompt, tokens, PRINTABLE.stop, first_token=PRINTABLE.start)
+    text: str = Tokenizer.from_file(str(DEMO / "tokenizer.json")).decode(ids)
+    return text
