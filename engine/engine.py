@@ -34,9 +34,7 @@ class Engine:
     the step wrote into its pages. The process that owns it ends, and its requests continue elsewhere.
     """
 
-    def __init__(
-        self, runner: Runner, config: EngineConfig, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, runner: Runner, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.num_steps = 0
         self.config = config
         self.pool = BlockPool(runner.num_blocks)
@@ -144,9 +142,7 @@ class Engine:
             free_blocks=pool.num_free,
             cached_blocks=pool.num_cached,
             held_blocks=pool.num_held,
-            owed_tokens=sum(
-                r.num_owed_tokens for queue in (scheduler.running, scheduler.waiting) for r in queue
-            ),
+            owed_tokens=sum(r.num_owed_tokens for queue in (scheduler.running, scheduler.waiting) for r in queue),
             prefill_tokens_per_s=self._rate.tokens_per_s,
         )
 
@@ -191,9 +187,7 @@ class Engine:
                 f"{longest} tokens need {needed} KV blocks; this worker has {self.pool.num_blocks}",
             )
 
-    def _update(
-        self, rows: Sequence[Row], results: Sequence[Sampled]
-    ) -> tuple[list[TokenOut], list[BlockReady]]:
+    def _update(self, rows: Sequence[Row], results: Sequence[Sampled]) -> tuple[list[TokenOut], list[BlockReady]]:
         tokens: list[TokenOut] = []
         ready: list[BlockReady] = []
         block_tokens = self._blocks.block_tokens

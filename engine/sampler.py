@@ -143,11 +143,7 @@ def _draw(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
     if not random_rows:
         return logits.argmax(dim=1)
     greedy = len(random_rows) < len(requests)
-    tokens = (
-        logits.argmax(dim=1)
-        if greedy
-        else torch.empty(len(requests), dtype=torch.int64, device=logits.device)
-    )
+    tokens = logits.argmax(dim=1) if greedy else torch.empty(len(requests), dtype=torch.int64, device=logits.device)
     turn = max(1, DRAW_ELEMENTS // logits.shape[1])
     for start in range(0, len(random_rows), turn):
         rows = random_rows[start : start + turn]

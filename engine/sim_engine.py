@@ -46,9 +46,7 @@ class CostModel:
     per_decode_token_s: float = 0.0
 
     def seconds(self, prefill_tokens: int, decode_tokens: int) -> float:
-        return (
-            self.base_s + self.per_prefill_token_s * prefill_tokens + self.per_decode_token_s * decode_tokens
-        )
+        return self.base_s + self.per_prefill_token_s * prefill_tokens + self.per_decode_token_s * decode_tokens
 
 
 def splitmix64(x: int) -> int:
@@ -144,9 +142,7 @@ class SimRunner:
     def _write_single(self, rows: Sequence[Row]) -> None:
         size = self.layout.block_tokens
         position = np.array([row.request.num_computed_tokens for row in rows], np.int64)
-        page = np.array(
-            [r.request.block_table[r.request.num_computed_tokens // size] for r in rows], np.int64
-        )
+        page = np.array([r.request.block_table[r.request.num_computed_tokens // size] for r in rows], np.int64)
         previous = np.array(
             [r.request.block_table[max(0, r.request.num_computed_tokens - 1) // size] for r in rows], np.int64
         )
@@ -159,9 +155,7 @@ class SimRunner:
         start, count = request.num_computed_tokens, row.num_tokens
         position = np.arange(start, start + count)
         table = np.array(request.block_table, np.int64)
-        before = (
-            self._pool[table[(start - 1) // size], (start - 1) % size] if start else np.uint64(self._seed)
-        )
+        before = self._pool[table[(start - 1) // size], (start - 1) % size] if start else np.uint64(self._seed)
         tokens = np.array(request.tokens[start : start + count], np.uint64)
         # v[k] = A^(k+1) * (v[-1] + sum of A^-(j+1) * g(token[j]) for j <= k): the recurrence as one running sum
         inner = np.cumsum(_mix(tokens) * self._powers.inverse(count), dtype=np.uint64) + before
@@ -175,9 +169,7 @@ class SimRunner:
         lengths = np.array([len(row.request.tokens) for row in rows], np.int64)
         num_blocks = -(-lengths // size)
         starts = np.concatenate(([0], np.cumsum(num_blocks)[:-1]))
-        tables = [
-            row.request.block_table[:count] for row, count in zip(rows, num_blocks.tolist(), strict=True)
-        ]
+        tables = [row.request.block_table[:count] for row, count in zip(rows, num_blocks.tolist(), strict=True)]
         pages = np.fromiter((block for table in tables for block in table), np.int64, int(num_blocks.sum()))
         within = np.arange(len(pages)) - np.repeat(starts, num_blocks)
         positions = within[:, None] * size + np.arange(size)

@@ -240,9 +240,7 @@ class Fetcher:
             arrivals.append(self._check(envelope, message, header, part))
         self._apply(
             link,
-            fs.BlocksIn(
-                envelope.sender, envelope.receiver, message.transfer_id, message.attempt, tuple(arrivals)
-            ),
+            fs.BlocksIn(envelope.sender, envelope.receiver, message.transfer_id, message.attempt, tuple(arrivals)),
         )
         return len(payload)
 

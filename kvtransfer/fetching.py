@@ -177,9 +177,7 @@ def _received(state: Fetching, event: Received, now: float) -> Result:
     if isinstance(message, Note):
         return _note(state, transfer, message, now)
     absent = mask_of(i for i in message.indexes if 0 <= i < MAX_INDEX) & transfer.pending
-    heard = replace(
-        transfer, phase=RECEIVING, pending=transfer.pending & ~absent, lost=transfer.lost | absent
-    )
+    heard = replace(transfer, phase=RECEIVING, pending=transfer.pending & ~absent, lost=transfer.lost | absent)
     return _settle(state, heard, [], now)
 
 

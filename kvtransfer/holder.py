@@ -196,9 +196,7 @@ class Holder:
             raise AssertionError("the connection always has room")
         head = (parcel.transfer_id, parcel.attempt, self._me, parcel.fetcher)
         headers = tuple(
-            BlockHeader(
-                w.index, w.name, w.valid_tokens, len(p), digest(*head, w.index, w.name, w.valid_tokens, p)
-            )
+            BlockHeader(w.index, w.name, w.valid_tokens, len(p), digest(*head, w.index, w.name, w.valid_tokens, p))
             for w, p in parcel.blocks
         )
         place = posted.place

@@ -79,9 +79,7 @@ def _conclude(serving: Serving, effects: list[Effect]) -> Serving:
     """A closed stream: what is absent now stays absent; the peer is told when nothing is owed any more."""
     missing = serving.owed & serving.absent
     if missing and not serving.asked:
-        effects.append(
-            Send(serving.link, Missing(serving.transfer_id, serving.attempt, tuple(bits(missing))))
-        )
+        effects.append(Send(serving.link, Missing(serving.transfer_id, serving.attempt, tuple(bits(missing)))))
         serving = replace(serving, owed=serving.owed & ~missing)
     if serving.owed == 0 and serving.announced != serving.round:
         effects.append(Send(serving.link, Standing(0, (serving.stand,))))

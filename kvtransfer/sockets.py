@@ -76,9 +76,7 @@ def open_router(context: Context, address: str, block_bytes: int) -> tuple[Socke
         socket.bind(address.replace("localhost", "127.0.0.1") if address.startswith("tcp:") else address)
     except zmq.ZMQError as error:
         socket.close()
-        code = (
-            EXIT_PORT if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES) else EXIT_USAGE
-        )
+        code = EXIT_PORT if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES) else EXIT_USAGE
         raise StartupError(f"cannot listen for KV fetches on {address}: {error.strerror}", code) from None
     bound = socket.getsockopt_string(zmq.LAST_ENDPOINT)
     if bound.startswith("ipc://"):

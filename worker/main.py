@@ -43,6 +43,9 @@ WARM_UP_TOKENS = 256
 MIN_STEP_BOUND_S = 5.0
 """A step that is merely slow (a page fault storm, a noisy neighbour) must not count as hung."""
 STEP_BOUND_FACTOR = 20
+SWITCH_INTERVAL_S = 0.0002
+"""The I/O thread gives the interpreter lock up at every socket call and must get it back from the step loop's thread;
+with Python's default of 5 ms, a turn of twenty calls could take a tenth of a second."""
 
 
 def run(role: str, make_role: Callable[[Parts], Role]) -> None:
@@ -69,6 +72,7 @@ def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
     """Runs one worker until it is drained; returns its exit code. Raises `StartupError`."""
     began = time.monotonic()
     set_threads(settings.threads)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     runner = load_runner(settings)
     budget = settings.max_num_batched_tokens or (CPU_STEP_TOKENS if settings.device == "cpu" else CUDA_STEP_TOKENS)
     engine = Engine(runner, EngineConfig(settings.max_num_seqs, budget, runner.max_model_len))

@@ -46,9 +46,7 @@ class RequestBlocks:
         if valid == 0:
             return None
         self.names(request)
-        return self._name(
-            request, request.num_initial_tokens // self.block_tokens, request.num_initial_tokens
-        ), valid
+        return self._name(request, request.num_initial_tokens // self.block_tokens, request.num_initial_tokens), valid
 
     def match(self, request: EngineRequest) -> None:
         """Extends the request's computed prefix by blocks that the index has, up to all tokens but the last: at
@@ -135,9 +133,7 @@ class RequestBlocks:
                 break
             request.block_table.append(block)
         self._release_fetched(request)
-        request.num_computed_tokens = min(
-            request.num_initial_tokens, len(request.block_table) * self.block_tokens
-        )
+        request.num_computed_tokens = min(request.num_initial_tokens, len(request.block_table) * self.block_tokens)
         request.num_sealed_blocks = min(len(request.block_table), num_full)
         self._note(request)
 
@@ -179,9 +175,7 @@ class RequestBlocks:
             pages = [*request.block_table, *request.fetched_pages.values()]
             num_holders += bool(pages)
             if bool(pages) != (request in self.holders):
-                raise IntegrityError(
-                    f"request {request.key} holds {len(pages)} pages, the list of holders is wrong"
-                )
+                raise IntegrityError(f"request {request.key} holds {len(pages)} pages, the list of holders is wrong")
             for block in pages:
                 held[block] = held.get(block, 0) + 1
         if num_holders != len(self.holders):

@@ -115,9 +115,7 @@ def test_a_block_that_does_not_come_is_computed_with_all_behind_it(lost: int, ow
     e.check()
     outputs = steps(e)
     assert [out.token for o in outputs for out in o.tokens] == oracle(prompt(14), 5)[1:]
-    assert outputs[0].num_scheduled_tokens <= owed, (
-        "full blocks behind the gap that came are found in the cache"
-    )
+    assert outputs[0].num_scheduled_tokens <= owed, "full blocks behind the gap that came are found in the cache"
     idle(e)
 
 

@@ -87,11 +87,7 @@ def test_stop_token_is_part_of_the_output_and_ends_it() -> None:
 def test_a_stop_token_before_min_tokens_does_not_end_the_request() -> None:
     expected = oracle(prompt(6), 20)
     e = engine()
-    e.add(
-        request(
-            "a", prompt(6), params=SamplingParams(max_tokens=9, stop_token_ids=(expected[2],), min_tokens=4)
-        )
-    )
+    e.add(request("a", prompt(6), params=SamplingParams(max_tokens=9, stop_token_ids=(expected[2],), min_tokens=4)))
     assert run(e) == {"a": expected[:9]}
 
 
@@ -105,9 +101,7 @@ def test_the_context_length_ends_a_request() -> None:
 @pytest.mark.parametrize("finish", ["stop", "length"])
 def test_an_end_on_the_handed_over_token_leaves_nothing_held(finish: str) -> None:
     first = oracle(prompt(6), 1)
-    params = (
-        SamplingParams(max_tokens=9, stop_token_ids=tuple(first)) if finish == "stop" else SamplingParams(1)
-    )
+    params = SamplingParams(max_tokens=9, stop_token_ids=tuple(first)) if finish == "stop" else SamplingParams(1)
     e = engine()
     e.add(request("a", prompt(6), stop_after=1, hold=True, params=params))
     assert [out.finish for output in steps(e) for out in output.tokens] == [finish]

@@ -34,9 +34,7 @@ def adjusted(logits: Array, request: EngineRequest) -> Array:
     """Penalties, bias and suppression by their definitions."""
     p, out = request.params, logits.astype(np.float64).copy()
     for token in set(request.tokens):
-        out[token] = (
-            out[token] / p.repetition_penalty if out[token] > 0 else out[token] * p.repetition_penalty
-        )
+        out[token] = out[token] / p.repetition_penalty if out[token] > 0 else out[token] * p.repetition_penalty
     output = request.tokens[request.num_prompt_tokens :]
     for token in set(output):
         out[token] -= p.presence_penalty + p.frequency_penalty * output.count(token)
@@ -183,9 +181,7 @@ def test_the_random_number_is_a_function_of_seed_choice_and_position() -> None:
     assert len(set(grid.values())) == len(grid)
     assert all(0 <= u < 1 for u in grid.values())
     word = splitmix64(splitmix64(splitmix64(7) ^ 1) ^ 100)
-    assert uniform(7, 1, 100) == (word >> 11) / 2**53 == 0.383729909613153, (
-        "peers of other versions must agree"
-    )
+    assert uniform(7, 1, 100) == (word >> 11) / 2**53 == 0.383729909613153, "peers of other versions must agree"
 
 
 def test_random_numbers_of_neighbours_are_not_correlated() -> None:
@@ -204,9 +200,7 @@ def test_the_next_position_draws_anew_and_a_repetition_does_not() -> None:
 
 def test_the_split_of_prompt_and_output_does_not_change_a_draw() -> None:
     logits = random_logits(1)
-    assert tokens_of(logits, [asks([1, 2, 3, 4], 1, seed=3)]) == tokens_of(
-        logits, [asks([1, 2, 3, 4], 4, seed=3)]
-    )
+    assert tokens_of(logits, [asks([1, 2, 3, 4], 1, seed=3)]) == tokens_of(logits, [asks([1, 2, 3, 4], 4, seed=3)])
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-6, 1e-3])

@@ -274,8 +274,7 @@ def test_the_same_requests_give_the_same_steps() -> None:
         for i in range(7):
             e.add(request(str(i), prompt(4 + 3 * i, i % 3), 9))
         return [
-            (o.num_scheduled_tokens, tuple(out.request.key for out in o.tokens), o.stored + o.removed)
-            for o in steps(e)
+            (o.num_scheduled_tokens, tuple(out.request.key for out in o.tokens), o.stored + o.removed) for o in steps(e)
         ]
 
     assert trace() == trace()

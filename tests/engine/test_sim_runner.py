@@ -130,9 +130,7 @@ def test_no_cost_means_no_sleep() -> None:
 
 
 def test_settings_make_a_runner() -> None:
-    runner = SimRunner.from_settings(
-        WorkerSettings(kv_blocks=10, block_tokens=32, max_model_len=77, engine="sim")
-    )
+    runner = SimRunner.from_settings(WorkerSettings(kv_blocks=10, block_tokens=32, max_model_len=77, engine="sim"))
     assert (runner.num_blocks, runner.layout.block_tokens, runner.max_model_len) == (10, 32, 77)
 
 

@@ -181,9 +181,7 @@ def connected(
     """A pair over one route; `wrap` is put around the fetcher's transports."""
     context: Context = zmq.Context()
     clock, exchange = Clock(), Exchange()
-    holder = make_side(
-        context, folder, route, clock, worker="p", incarnation=7, exchange=exchange, layout=layout
-    )
+    holder = make_side(context, folder, route, clock, worker="p", incarnation=7, exchange=exchange, layout=layout)
     fetcher = make_side(
         context, folder, route, clock, worker="d", incarnation=9, exchange=exchange, layout=layout, wrap=wrap
     )

@@ -178,9 +178,7 @@ class Simulation:
     def _send_blocks(self, effect: hs.SendBlocks) -> None:
         head = (effect.transfer_id, effect.attempt, HOLDER, effect.fetcher)
         headers = tuple(
-            BlockHeader(
-                w.index, w.name, w.valid_tokens, len(p), digest(*head, w.index, w.name, w.valid_tokens, p)
-            )
+            BlockHeader(w.index, w.name, w.valid_tokens, len(p), digest(*head, w.index, w.name, w.valid_tokens, p))
             for w, p in effect.blocks
         )
         message = Blocks(effect.transfer_id, effect.attempt, Place("zmq", "", 0, 0), headers)
@@ -228,12 +226,8 @@ class Simulation:
         arrivals = []
         for i, h in enumerate(message.blocks):
             part = payload[i * LAYOUT.block_bytes : (i + 1) * LAYOUT.block_bytes]
-            intact = is_intact(
-                h, message.transfer_id, message.attempt, envelope.sender, envelope.receiver, part
-            )
+            intact = is_intact(h, message.transfer_id, message.attempt, envelope.sender, envelope.receiver, part)
             arrivals.append(fs.Arrival(h.index, h.name, h.valid_tokens, part, intact))
         self._fetch_step(
-            fs.BlocksIn(
-                envelope.sender, envelope.receiver, message.transfer_id, message.attempt, tuple(arrivals)
-            )
+            fs.BlocksIn(envelope.sender, envelope.receiver, message.transfer_id, message.attempt, tuple(arrivals))
         )

@@ -369,9 +369,7 @@ def endpoint_at(bind: str, transports: tuple[str, ...] = ("zmq",)) -> KvEndpoint
         context.destroy(linger=0)
 
 
-@pytest.mark.parametrize(
-    "bind", ["tcp://0.0.0.0:0", "tcp://10.1.2.3:7000", "tcp://*:7000", "udp://127.0.0.1:1", "x"]
-)
+@pytest.mark.parametrize("bind", ["tcp://0.0.0.0:0", "tcp://10.1.2.3:7000", "tcp://*:7000", "udp://127.0.0.1:1", "x"])
 def test_only_ipc_and_loopback_are_bound(bind: str) -> None:
     with pytest.raises(StartupError) as error:
         endpoint_at(bind)

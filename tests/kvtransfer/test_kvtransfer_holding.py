@@ -33,9 +33,7 @@ def ask(number: int = 1, **changes: object) -> hs.Received:
     return hs.Received(LINK, ME, PEER, replace(fetch, **changes))  # type: ignore[arg-type]
 
 
-def hold(
-    *events: hs.Event, now: float = 0.0, state: hs.Holding | None = None
-) -> tuple[hs.Holding, list[hs.Effect]]:
+def hold(*events: hs.Event, now: float = 0.0, state: hs.Holding | None = None) -> tuple[hs.Holding, list[hs.Effect]]:
     state = state if state is not None else hs.Holding(PEER, LAYOUT)
     effects: list[hs.Effect] = []
     for event in events:
@@ -192,9 +190,7 @@ def test_more_blocks_than_memory_are_asked_for_in_waves(monkeypatch: pytest.Monk
     assert [len(names) for names in asked] == [8]
     seen = list(asked[0])
     while asked:
-        state, effects = hold(
-            *(hs.Provided(tuple((n, content(n)) for n in names)) for names in asked), state=state
-        )
+        state, effects = hold(*(hs.Provided(tuple((n, content(n)) for n in names)) for names in asked), state=state)
         asked = [e.names for e in effects if isinstance(e, hs.Need)]
         seen += [n for names in asked for n in names]
     assert seen == [name(n) for n in range(20)]

@@ -33,9 +33,7 @@ T = transfer_id(1)
 
 @contextmanager
 def holder_process(folder: Path, route: str) -> Iterator[tuple[subprocess.Popen[str], Peer]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder), route], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder), route], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         yield process, Peer("p", 7, process.stdout.readline().strip(), "here")

@@ -70,9 +70,7 @@ def blocks(*arrivals: fs.Arrival, sender: int = PEER, receiver: int = ME, attemp
 
 def stand(phase: str = "live", **changes: int) -> fs.Received:
     values = {"round": 0, "sent": 0, "granted": 4, "owed": 0, "notes": 0, **changes}
-    one = Stand(
-        T, 1, values["round"], phase, values["sent"], values["granted"], values["owed"], values["notes"]
-    )
+    one = Stand(T, 1, values["round"], phase, values["sent"], values["granted"], values["owed"], values["notes"])
     return fs.Received(PEER, ME, Standing(0, (one,)))
 
 
@@ -235,9 +233,7 @@ def test_abort_is_legal_in_every_state_and_repeatable(phase: str) -> None:
         ((fs.Received(PEER, ME, Refusal(T, 1, "busy", "")),), 1, "refused"),
     ],
 )
-def test_every_other_end_has_its_time_and_its_name(
-    events: tuple[fs.Event, ...], at: float, outcome: str
-) -> None:
+def test_every_other_end_has_its_time_and_its_name(events: tuple[fs.Event, ...], at: float, outcome: str) -> None:
     state, effects = play(started(), *events)
     if ended(effects) is None:
         _, early = play(state, fs.Tick(), now=at - 0.01)

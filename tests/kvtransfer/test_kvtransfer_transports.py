@@ -48,9 +48,7 @@ def test_equal_scopes(ends: tuple[Transport, Transport]) -> None:
     assert ends[0].scope == ends[1].scope
 
 
-@pytest.mark.parametrize(
-    "parts", [(b"one",), (b"a" * 1000, b"b" * 1000, b"c" * 1000), (memoryview(b"view"),)]
-)
+@pytest.mark.parametrize("parts", [(b"one",), (b"a" * 1000, b"b" * 1000, b"c" * 1000), (memoryview(b"view"),)])
 def test_parts_arrive_one_after_another(ends: tuple[Transport, Transport], parts: tuple[bytes, ...]) -> None:
     sender, receiver = ends
     out = posted(sender, *parts)
@@ -157,9 +155,7 @@ def test_only_dead_owners_segments_are_removed() -> None:
         "import os; from kvtransfer.transports.shm import Segment;"
         "print(Segment.own(4096).path, flush=True); os._exit(9)"
     )
-    orphan = Path(
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip()
-    )
+    orphan = Path(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip())
     try:
         assert orphan.exists()
         assert shm.remove_orphans() >= 1
@@ -191,9 +187,7 @@ def test_the_fetchers_preference_decides_among_what_both_share() -> None:
             transport.close()
 
 
-def test_without_shared_memory_there_is_still_the_connection(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_shared_memory_there_is_still_the_connection(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shm, "SHM_DIR", tmp_path / "none")
     assert list(open_transports(("shm",), host="here", block_bytes=100, exchange=None)) == ["zmq"]
     assert os.listdir(tmp_path) == []
