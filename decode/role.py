@@ -24,7 +24,7 @@ from mesh.errors import BadFrame
 from mesh.messages import Abort, Decode, Peer, Prefill, PrefillReport
 from worker.firsttoken import FirstToken
 from worker.links import ProxyLink
-from worker.role import Job, Parts, engine_request, new_transfer_id, refuse
+from worker.role import Job, Parts, engine_request, is_new, new_transfer_id, refuse, refuse_role
 from worker.steploop import Expected, Rejected, Stepped
 
 log = logging.getLogger(__name__)
@@ -72,17 +72,14 @@ class DecodeRole:
     def assign(self, link: ProxyLink, message: Prefill | Decode) -> None:
         now = self._parts.clock()
         job = DecodeJob(message.request_id, message.attempt, link, now + max(0.0, message.deadline_s))
-        if isinstance(message, Prefill):
-            refuse(job, "wrong_role", "this worker only decodes", retryable=True)
-            return
         known = self._jobs.get(message.request_id)
-        if known is not None and known.attempt >= message.attempt:
+        if not isinstance(message, Decode):
+            refuse_role(job, message)
+            return
+        if not is_new(job, known, len(message.tokens), self._parts.max_model_len):
             return
         if known is not None:
             self._end(known)
-        if len(message.tokens) >= self._parts.max_model_len:
-            refuse(job, "too_long", "the prompt leaves no room for a token", retryable=False)
-            return
         job.num_tokens = len(message.tokens)
         job.num_generated = job.num_tokens - message.num_prompt_tokens
         job.recompute_limit = message.recompute_limit

@@ -20,7 +20,7 @@ from kvtransfer.endpoint import StreamReleased
 from mesh.messages import Abort, Decode, Prefill, PrefillReport
 from worker.firsttoken import FirstToken
 from worker.links import ProxyLink
-from worker.role import Job, Parts, engine_request, refuse
+from worker.role import Job, Parts, engine_request, is_new, refuse, refuse_role
 from worker.steploop import Expected, Rejected, Stepped
 
 
@@ -40,17 +40,14 @@ class PrefillRole:
 
     def assign(self, link: ProxyLink, message: Prefill | Decode) -> None:
         job = Job(message.request_id, message.attempt, link, self._parts.clock() + max(0.0, message.deadline_s))
-        if isinstance(message, Decode):
-            refuse(job, "wrong_role", "this worker only computes prompts", retryable=True)
-            return
         known = self._jobs.get(message.request_id)
-        if known is not None and known.attempt >= message.attempt:
+        if not isinstance(message, Prefill):
+            refuse_role(job, message)
+            return
+        if not is_new(job, known, len(message.tokens), self._parts.max_model_len):
             return
         if known is not None:
             self._end(known)
-        if len(message.tokens) >= self._parts.max_model_len:
-            refuse(job, "too_long", "the prompt leaves no room for a token", retryable=False)
-            return
         self._jobs[job.request_id] = job
         self._streams[job.key] = job
         self._parts.kv.open_stream(job.key)

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvtransfer.endpoint import Event as KvEvent
-from kvtransfer.endpoint import KvEndpoint
-
 from engine.request import EngineRequest
 from engine.step import TokenOut
+from kvtransfer.endpoint import Event as KvEvent
+from kvtransfer.endpoint import KvEndpoint
 from mesh.messages import Abort, Decode, Prefill, PrefillReport, Refused, TokenBatch, TokenDelta
 from worker.links import ProxyLink
 from worker.metrics import WorkerMetrics
@@ -82,6 +81,23 @@ class Replies:
 
 def refuse(job: Job, code: str, message: str, *, retryable: bool) -> None:
     job.link.send(Refused(job.request_id, job.attempt, code, message, retryable))
+
+
+def refuse_role(job: Job, message: Prefill | Decode) -> None:
+    refuse(job, "wrong_role", f"this worker takes no {type(message).__name__}", retryable=True)
+
+
+def is_new(job: Job, known: Job | None, num_tokens: int, max_model_len: int) -> bool:
+    """Whether a role takes an assignment on; one that can never be served is refused here.
+
+    `known`: the attempt of the same request that the role works on. Repeated and older assignments change nothing.
+    """
+    if known is not None and known.attempt >= job.attempt:
+        return False
+    if num_tokens >= max_model_len:
+        refuse(job, "too_long", "the prompt leaves no room for a token", retryable=False)
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
