@@ -6,6 +6,7 @@ block would be a wrong token with certainty, and its steps are slow enough to be
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,3 +116,18 @@ def test_most_of_the_blocks_are_sent_before_the_prefill_ends(service: Deployment
         w.metric("kvmesh_kv_transfer_bytes_total", transport=t) for w in workers for t in ("shm", "zmq", "local")
     )
     assert overlapped >= 0.7 * received > 0
+
+
+def test_a_decode_worker_that_stands_still_is_replaced_and_its_late_tokens_are_ignored(service: Deployment) -> None:
+    prompt = [70 + i % 26 for i in range(4 * CHUNK)]
+    request = Request(service, prompt, 150)
+    wait_until(lambda: len(request.texts) > 10, "the stream runs")
+    zombie = service.workers[busy(service, "decode")].process
+    zombie.send_signal(signal.SIGSTOP)
+    try:
+        seen = len(request.texts)
+        wait_until(lambda: len(request.texts) > seen + 10, "the stream goes on elsewhere")
+    finally:
+        zombie.send_signal(signal.SIGCONT)
+    assert request.result() == expected(prompt, 150)
+    service.assert_quiet()
