@@ -14,14 +14,17 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.measure import Samples, machine, run_delay_s, table
@@ -139,25 +142,31 @@ class Transformers:
             samples.seconds.append(after[0] - before[0])
             samples.delays.append((after[1] - before[1]) / (after[0] - before[0]))
 
-    def continuous(self, batch: int, seed: int) -> float:
-        """Decode tokens/s of `generate_batch`: two lengths, so that prefill and set-up cancel out."""
-        short, long = 8, 8 + STEPS * 2
+    def continuous(self, batch: int, seed: int, decode: Samples) -> None:
+        """`generate_batch`; its loop's body is timed, the passes in which every request decodes are kept."""
         config = ContinuousBatchingConfig(num_blocks=256, max_batch_tokens=4096, use_cuda_graph=False)
-        seconds = []
-        for new in (short, long):
-            generation = make_config(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
-            began = time.perf_counter()
+        generation = make_config(max_new_tokens=STEPS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        passes = Samples()
+        body = ContinuousBatchingManager._generation_loop_body
+
+        def timed(manager: ContinuousBatchingManager, *arguments: Any, **named: Any) -> Any:
+            before = manager.current_batch
+            going_on = passes.time(lambda: body(manager, *arguments, **named))
+            if manager.current_batch == before:  # it only waited for requests
+                passes.drop_last()
+            return going_on
+
+        with patch.object(ContinuousBatchingManager, "_generation_loop_body", timed):
             answers = self.model.generate_batch(
                 prompts(batch, seed),
                 generation_config=generation,
                 continuous_batching_config=config,
                 progress_bar=False,
             )
-            seconds.append(time.perf_counter() - began)
-            made = [len(a.generated_tokens) for a in answers.values()]
-            if made != [new] * batch:
-                raise RuntimeError(f"continuous batching made {made} tokens instead of {new} each")
-        return batch * (long - short) / max(1e-9, seconds[1] - seconds[0])
+        made = [len(a.generated_tokens) for a in answers.values()]
+        if made != [STEPS] * batch:
+            raise RuntimeError(f"continuous batching made {made} tokens instead of {STEPS} each")
+        decode.extend(passes, first=len(passes.seconds) - STEPS + 1)  # the passes before compute the prompts
 
 
 def read_bandwidth() -> float:
@@ -169,13 +178,12 @@ def read_bandwidth() -> float:
     return READ_BYTES / samples.median
 
 
-def attempt(what: Callable[[], float]) -> float | None:
+def attempt(what: Callable[[], None]) -> None:
     """A peer that this installation cannot run is left out of the table, with the reason on screen."""
     try:
-        return what()
+        what()
     except Exception as error:
         print(f"left out: {type(error).__name__}: {error}")
-        return None
 
 
 def main() -> None:
@@ -198,19 +206,18 @@ def run(directory: Path, arguments: argparse.Namespace) -> None:
     figures: dict[str, dict[str, float]] = {}
     for batch in (1, 16):
         samples = {name: (Samples(), Samples()) for name in ("kvmesh", "generate")}
-        continuous: list[float] = []
+        continuous = Samples()
         ours.measure(batch, 99, Samples(), Samples())  # warm-up
         peer.measure(batch, 99, Samples(), Samples())
         for round_ in range(arguments.rounds):
             ours.measure(batch, round_, *samples["kvmesh"])
             peer.measure(batch, round_, *samples["generate"])
-            rate = attempt(lambda b=batch, r=round_: peer.continuous(b, r))  # type: ignore[misc]
-            continuous += [rate] if rate is not None else []
+            attempt(partial(peer.continuous, batch, round_, continuous))
         for name, (prefill, decode) in samples.items():
             figures.setdefault(name, {})[f"prefill B={batch}"] = batch * PROMPT / prefill.median
             figures[name][f"decode B={batch}"] = batch / decode.median
-        if continuous:
-            figures.setdefault("continuous batching", {})[f"decode B={batch}"] = max(continuous)
+        if continuous.seconds:
+            figures.setdefault("continuous batching", {})[f"decode B={batch}"] = batch / continuous.median
     report(figures, bandwidth, arguments)
 
 

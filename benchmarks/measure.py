@@ -13,6 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 MAX_DELAY = 0.05
 MIN_SAMPLES = 3
@@ -37,12 +40,22 @@ class Samples:
     seconds: list[float] = field(default_factory=list)
     delays: list[float] = field(default_factory=list)
 
-    def time(self, step: Callable[[], object]) -> None:
+    def time(self, step: Callable[[], T]) -> T:
         delay, began = run_delay_s(), time.perf_counter()
-        step()
+        result = step()
         wall = time.perf_counter() - began
         self.seconds.append(wall)
         self.delays.append((run_delay_s() - delay) / wall)
+        return result
+
+    def drop_last(self) -> None:
+        self.seconds.pop()
+        self.delays.pop()
+
+    def extend(self, other: Samples, first: int) -> None:
+        """Takes the samples of `other` from number `first` on."""
+        self.seconds += other.seconds[first:]
+        self.delays += other.delays[first:]
 
     @property
     def clean(self) -> list[float]:
