@@ -51,6 +51,15 @@ def fetch(url: str) -> tuple[int, str]:
         return 0, ""
 
 
+def sample(url: str, name: str, **labels: str) -> float:
+    """A sample of a process's /metrics; NaN while it does not answer."""
+    for line in fetch(f"{url}/metrics")[1].splitlines():
+        found = re.match(rf"{re.escape(name)}(?:\{{(.*)\}})? (\S+)", line)
+        if found and all(f'{k}="{v}"' in (found[1] or "") for k, v in labels.items()):
+            return float(found[2])
+    return float("nan")
+
+
 @dataclass(slots=True)
 class Worker:
     name: str
@@ -59,13 +68,7 @@ class Worker:
     process: subprocess.Popen[bytes]
 
     def metric(self, name: str, **labels: str) -> float:
-        """A sample of the worker's /metrics; NaN while it does not answer."""
-        _, text = fetch(f"http://127.0.0.1:{self.metrics_port}/metrics")
-        for line in text.splitlines():
-            found = re.match(rf"{re.escape(name)}(?:\{{(.*)\}})? (\S+)", line)
-            if found and all(f'{k}="{v}"' in (found[1] or "") for k, v in labels.items()):
-                return float(found[2])
-        return float("nan")
+        return sample(f"http://127.0.0.1:{self.metrics_port}", name, **labels)
 
     @property
     def registered(self) -> bool:
@@ -140,6 +143,8 @@ class Deployment:
 
     def assert_quiet(self) -> None:
         """Nothing is left anywhere: no request, hold, transfer; free + cached = total on every worker."""
+        for name in ("kvmesh_choices_live", "kvmesh_choices_waiting"):
+            wait_until(lambda n=name: sample(self.url, n) == 0, f"no {name}", 20)  # type: ignore[misc]
         for worker in self.workers.values():
             wait_until(lambda w=worker: _quiet(w), lambda w=worker: f"{w.name}: {_state(w)}", 20)  # type: ignore[misc]
 
