@@ -8,7 +8,7 @@ from engine.sim_engine import PRINTABLE, expected_tokens
 from tests.e2e.processes import ROOT
 
 DEMO = ROOT / "deploy" / "demo_model"
-FLAGS = ("--engine", "sim", "--sim-step-s", "0.02", "--max-num-batched-tokens", "64", "--max-model-len", "4096")
+FLAGS = ("--engine", "sim", "--sim-step-s", "0.03", "--max-num-batched-tokens", "64", "--max-model-len", "4096")
 
 
 def expected(prompt: list[int], tokens: int) -> str:

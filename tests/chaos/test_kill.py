@@ -67,7 +67,7 @@ def busy(service: Deployment, role: str) -> str:
 
 
 def test_killing_the_prefill_worker_in_its_prefill_changes_no_token(service: Deployment) -> None:
-    prompt = [65 + i % 26 for i in range(40 * CHUNK)]
+    prompt = [65 + i % 26 for i in range(56 * CHUNK)]
     request = Request(service, prompt, 20)
     service.kill(busy(service, "prefill"))
     assert not request.texts, "too late: the prefill was over"
@@ -76,7 +76,7 @@ def test_killing_the_prefill_worker_in_its_prefill_changes_no_token(service: Dep
 
 
 def test_killing_the_prefill_worker_during_the_transfer_changes_no_token(service: Deployment) -> None:
-    prompt = [66 + i % 26 for i in range(40 * CHUNK)]
+    prompt = [66 + i % 26 for i in range(56 * CHUNK)]
     request = Request(service, prompt, 20)
     victim = busy(service, "prefill")
     wait_until(lambda: service.workers[victim].metric("kvmesh_kv_sent_bytes_total") > 0, "blocks on their way")
