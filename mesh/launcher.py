@@ -39,6 +39,12 @@ LONGEST_SOCKET_NAME = len("/kvmesh-12345678/prefill-255.kv")
 NVIDIA_DEVICES = Path("/proc/driver/nvidia/gpus")
 MODULES = {"prefill": "prefill", "decode": "decode", "both": "decode"}
 """Which program plays a role."""
+LOAD_TIME_DEFAULTS = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # idle OpenMP threads sleep instead of taking a neighbour's core
+    "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for torch's tensors: weights are read up to a tenth faster
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +175,10 @@ def programs(launch: Launch, commands: Mapping[str, Sequence[str]]) -> list[Prog
 
 
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Ours, less the flags that became arguments. Idle OpenMP threads sleep instead of taking a neighbour's core."""
+    """Ours, less the flags that became arguments, plus what numeric libraries read when they are loaded."""
     own = options.environment_without_flags(environ, (UpSettings, ProxySettings, WorkerSettings))
     path = os.pathsep.join([str(ROOT), *filter(None, [environ.get("PYTHONPATH")])])
-    defaults = {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**defaults, **own, "PYTHONPATH": path}
+    return {**LOAD_TIME_DEFAULTS, **own, "PYTHONPATH": path}
 
 
 def mesh_facts(launch: Launch, supervisor: Supervisor) -> MeshFacts:
