@@ -24,7 +24,7 @@ from mesh.errors import BadFrame
 from mesh.messages import Abort, Decode, Peer, Prefill, PrefillReport
 from worker.firsttoken import FirstToken
 from worker.links import ProxyLink
-from worker.role import Job, Parts, engine_request, is_new, new_transfer_id, refuse, refuse_role
+from worker.role import Job, Parts, engine_request, new_transfer_id
 from worker.steploop import Expected, Rejected, Stepped
 
 log = logging.getLogger(__name__)
@@ -74,9 +74,9 @@ class DecodeRole:
         job = DecodeJob(message.request_id, message.attempt, link, now + max(0.0, message.deadline_s))
         known = self._jobs.get(message.request_id)
         if not isinstance(message, Decode):
-            refuse_role(job, message)
+            self._parts.refuse_role(job, message)
             return
-        if not is_new(job, known, len(message.tokens), self._parts.max_model_len):
+        if not self._parts.is_new(job, known, len(message.tokens)):
             return
         if known is not None:
             self._end(known)
@@ -161,7 +161,7 @@ class DecodeRole:
         job.transfer_s = event.seconds
         owed = self._owed(job)
         if owed > job.recompute_limit:
-            refuse(
+            self._parts.refuse(
                 job,
                 "blocks_missing",
                 f"{owed} tokens of KV did not arrive ({event.outcome})",
@@ -217,12 +217,12 @@ class DecodeRole:
     def rejected(self, event: Rejected) -> None:
         job = self._by_key.get(event.key)
         if job is not None:
-            refuse(job, event.code, event.message, retryable=True)
+            self._parts.refuse(job, event.code, event.message, retryable=True)
             self._end(job)
 
     def tick(self, now: float) -> None:
         for job in [j for j in self._jobs.values() if now >= j.deadline]:
-            refuse(job, "deadline", "the request's time is over", retryable=False)
+            self._parts.refuse(job, "deadline", "the request's time is over", retryable=False)
             self._end(job)
 
     def lost(self, link: ProxyLink) -> None:
@@ -231,7 +231,7 @@ class DecodeRole:
 
     def hand_back(self) -> None:
         for job in list(self._jobs.values()):
-            refuse(job, "draining", "this worker is leaving", retryable=True)
+            self._parts.refuse(job, "draining", "this worker is leaving", retryable=True)
             self._end(job)
 
     def _end(self, job: DecodeJob) -> None:

@@ -20,7 +20,7 @@ from kvtransfer.endpoint import StreamReleased
 from mesh.messages import Abort, Decode, Prefill, PrefillReport
 from worker.firsttoken import FirstToken
 from worker.links import ProxyLink
-from worker.role import Job, Parts, engine_request, is_new, refuse, refuse_role
+from worker.role import Job, Parts, engine_request
 from worker.steploop import Expected, Rejected, Stepped
 
 
@@ -42,9 +42,9 @@ class PrefillRole:
         job = Job(message.request_id, message.attempt, link, self._parts.clock() + max(0.0, message.deadline_s))
         known = self._jobs.get(message.request_id)
         if not isinstance(message, Prefill):
-            refuse_role(job, message)
+            self._parts.refuse_role(job, message)
             return
-        if not is_new(job, known, len(message.tokens), self._parts.max_model_len):
+        if not self._parts.is_new(job, known, len(message.tokens)):
             return
         if known is not None:
             self._end(known)
@@ -100,7 +100,7 @@ class PrefillRole:
     def rejected(self, event: Rejected) -> None:
         job = self._streams.get(event.key)
         if job is not None:
-            refuse(job, event.code, event.message, retryable=True)
+            self._parts.refuse(job, event.code, event.message, retryable=True)
             self._end(job)
 
     def transferred(self, events: Iterable[KvEvent]) -> None:
@@ -123,7 +123,7 @@ class PrefillRole:
 
     def tick(self, now: float) -> None:
         for job in [j for j in self._streams.values() if now >= j.deadline]:
-            refuse(job, "deadline", "the request's time is over", retryable=False)
+            self._parts.refuse(job, "deadline", "the request's time is over", retryable=False)
             self._end(job)
 
     def lost(self, link: ProxyLink) -> None:
@@ -133,7 +133,7 @@ class PrefillRole:
     def hand_back(self) -> None:
         for job in list(self._streams.values()):
             if job.request_id in self._jobs:
-                refuse(job, "draining", "this worker is leaving", retryable=True)
+                self._parts.refuse(job, "draining", "this worker is leaving", retryable=True)
             self._end(job)
 
     def _end(self, job: Job) -> None:

@@ -205,6 +205,7 @@ class WorkerProcess:
         if refusal is None:
             self._role.assign(link, message)
         else:
+            self._station.metrics.refused(refusal[0])
             link.send(Refused(message.request_id, message.attempt, refusal[0], refusal[1], True))
 
     def _read_loop(self) -> None:

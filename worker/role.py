@@ -79,27 +79,6 @@ class Replies:
         self._deltas.clear()
 
 
-def refuse(job: Job, code: str, message: str, *, retryable: bool) -> None:
-    job.link.send(Refused(job.request_id, job.attempt, code, message, retryable))
-
-
-def refuse_role(job: Job, message: Prefill | Decode) -> None:
-    refuse(job, "wrong_role", f"this worker takes no {type(message).__name__}", retryable=True)
-
-
-def is_new(job: Job, known: Job | None, num_tokens: int, max_model_len: int) -> bool:
-    """Whether a role takes an assignment on; one that can never be served is refused here.
-
-    `known`: the attempt of the same request that the role works on. Repeated and older assignments change nothing.
-    """
-    if known is not None and known.attempt >= job.attempt:
-        return False
-    if num_tokens >= max_model_len:
-        refuse(job, "too_long", "the prompt leaves no room for a token", retryable=False)
-        return False
-    return True
-
-
 @dataclass(frozen=True, slots=True)
 class Parts:
     """The machinery of one worker, shared by its loop and its role."""
@@ -110,6 +89,26 @@ class Parts:
     metrics: WorkerMetrics
     max_model_len: int
     clock: Callable[[], float]
+
+    def refuse(self, job: Job, code: str, message: str, *, retryable: bool) -> None:
+        """Ends this worker's part of the request; the proxy decides what follows."""
+        self.metrics.refused(code)
+        job.link.send(Refused(job.request_id, job.attempt, code, message, retryable))
+
+    def refuse_role(self, job: Job, message: Prefill | Decode) -> None:
+        self.refuse(job, "wrong_role", f"this worker takes no {type(message).__name__}", retryable=True)
+
+    def is_new(self, job: Job, known: Job | None, num_tokens: int) -> bool:
+        """Whether a role takes an assignment on; one that can never be served is refused here.
+
+        `known`: the attempt of the same request that the role works on. Repeated and older assignments change nothing.
+        """
+        if known is not None and known.attempt >= job.attempt:
+            return False
+        if num_tokens >= self.max_model_len:
+            self.refuse(job, "too_long", "the prompt leaves no room for a token", retryable=False)
+            return False
+        return True
 
 
 class Role(Protocol):

@@ -61,12 +61,15 @@ class Bench:
     clock: Clock = field(default_factory=Clock)
     link: Link = field(default_factory=Link)
     replies: Replies = field(default_factory=Replies)
+    metrics: WorkerMetrics = field(default_factory=lambda: WorkerMetrics(info()))
+
+    def counted(self, name: str, **labels: str) -> float | None:
+        common = {"model_name": "m", "engine": "w", "role": "decode"}
+        return self.metrics.registry.get_sample_value(name, common | labels)
 
     @property
     def parts(self) -> Parts:
-        return Parts(
-            cast(StepLoop, self.loop), cast(KvEndpoint, self.kv), self.replies, WorkerMetrics(info()), 64, self.clock
-        )
+        return Parts(cast(StepLoop, self.loop), cast(KvEndpoint, self.kv), self.replies, self.metrics, 64, self.clock)
 
     @property
     def proxy(self) -> ProxyLink:

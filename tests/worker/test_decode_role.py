@@ -156,6 +156,7 @@ def test_what_the_engine_cannot_fit_is_refused() -> None:
     role, _ = fetching(bench)
     role.rejected(Rejected(KEY, "no_memory", "too big"))
     assert [m.code for m in bench.link.sent] == ["no_memory"]
+    assert bench.counted("kvmesh_refused_requests_total", code="no_memory") == 1
 
 
 def test_a_fully_cached_prompt_starts_at_once_and_still_frees_its_holder() -> None:
