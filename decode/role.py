@@ -173,7 +173,9 @@ class DecodeRole:
             self._parts.metrics.recomputed(owed)
         first = job.first
         job.started = True
-        follows = first is not None and first.index == job.num_generated
+        # A token that would be the last one here, but not there, is generated again: with its finish.
+        room = job.num_tokens + 1 < self._parts.max_model_len
+        follows = first is not None and first.index == job.num_generated and room
         self._parts.loop.ready(job.key, (first.token,) if first is not None and follows else ())
 
     def _owed(self, job: DecodeJob) -> int:

@@ -209,6 +209,8 @@ def _end(state: Holding, serving: Serving, reason: str, now: float, effects: lis
     effects.append(Finished(serving.link, serving.transfer_id))
     stream = state.streams.get(serving.stream)
     if stream is None:
+        if serving.phase == WAITING:
+            effects.append(WantsChanged(serving.stream))
         return state
     if others or stream.closed_at is None:
         effects.append(WantsChanged(serving.stream))
@@ -371,4 +373,5 @@ def _overdue(state: Holding, key: Key, now: float, effects: list[Effect]) -> Hol
         serving = replace(serving, absent=serving.absent | serving.asked, asked=0)
     if serving.phase == WAITING and now >= serving.since + STREAM_WAIT_S:
         serving = replace(serving, phase=CLOSED, absent=0)
+        effects.append(WantsChanged(serving.stream))
     return _pump(state, serving, now, effects)

@@ -135,10 +135,12 @@ class Holding:
         return max(MIN_WINDOW_BLOCKS, min(MAX_WINDOW_BLOCKS, share))
 
     def wants(self, stream: str) -> frozenset[bytes]:
-        """Names that `stream`'s fetchers still wait for and that are not in hand."""
+        """Names that `stream`'s fetchers still wait for and that are not in hand; none of a stream that ended."""
         names: set[bytes] = set()
         for key in self.by_stream.get(stream, ()):
             serving = self.servings[key]
+            if serving.phase == CLOSED:
+                continue
             due = serving.owed & ~serving.ready_mask
             names.update(name for name, index in serving.index_of.items() if due >> index & 1)
         return frozenset(names)

@@ -32,6 +32,7 @@ from mesh.store import check_store
 from mesh.tokenizer import Tokenizer
 from proxy.api.door import Door
 from proxy.app import create_app
+from proxy.connection import HttpConnection
 from proxy.control import ControlSocket
 from proxy.dispatcher import MeshDispatcher
 from proxy.fleet import Fleet
@@ -168,7 +169,7 @@ async def serve_http(
     app = create_app(dispatcher, tokenizer, settings, name, metrics=metrics, door=door)
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=HttpConnection,
         ws="none",
         lifespan="off",
         log_config=None,

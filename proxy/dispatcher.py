@@ -186,7 +186,7 @@ class MeshDispatcher:
             return
         now = self._clock()
         choice.state, effects = lifecycle.step(choice.state, event, now)
-        if effects:
+        if effects or choice.state.ended:  # one that waited for a worker ends without any effect
             self._carry_out(choice, effects, now)
 
     def _carry_out(self, choice: Choice, effects: tuple[Effect, ...], now: float) -> None:

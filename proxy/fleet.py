@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 FORGET_S = 120.0
 """A worker silent for so long is forgotten with all it held; if it ever speaks again it has to register."""
+STALL_S = 1.0
+"""A tick that comes so late, ten times its period, says that this process stood still, not its workers."""
 MAX_COMPLAINTS = 1000
 """Refused registrations that are remembered, so that each is logged once and not twice per second."""
 
@@ -67,6 +69,7 @@ class Fleet:
         self._connections: Connections | None = None
         self._listener: FleetListener | None = None
         self._complaints: set[tuple[str, str]] = set()
+        self._ticked = clock()
 
     def connect(self, connections: Connections, listener: FleetListener) -> None:
         self._connections = connections
@@ -131,9 +134,13 @@ class Fleet:
     def tick(self) -> None:
         """Called about ten times per second."""
         now = self._clock()
-        for place in self.pool.overdue(now):
-            if self.pool.silence(place, now):
-                self._lose(place, "its step loop is silent")
+        if now - self._ticked > STALL_S:
+            log.warning("this process stood still for %.1f s", now - self._ticked)
+            self.pool.excuse(now - self._ticked, now)
+        self._ticked = now
+        # All of them are out of use before the first one's requests look for another worker.
+        for place in [p for p in self.pool.overdue(now) if self.pool.silence(p, now)]:
+            self._lose(place, "its step loop is silent")
         for place in self.pool.silent_since(now - FORGET_S):
             self._forget(place, "it stayed silent")
         self.index.scrub()

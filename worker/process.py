@@ -280,6 +280,9 @@ class WorkerProcess:
             return
         log.critical("the step loop failed: %s", event.error, exc_info=event.error)
         self._exit_code = EXIT_WORKER
+        for link in self._links:  # a proxy that cannot watch this process would only find it silent
+            if link.registered:
+                link.send(Goodbye("its engine failed"))
 
     def _close(self) -> None:
         for link in self._links:

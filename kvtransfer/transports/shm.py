@@ -69,6 +69,21 @@ def remove_orphans() -> int:
     return removed
 
 
+def _create() -> tuple[Path, int]:
+    """A new file, locked. Between its making and its locking it looks like an orphan: one that another process has
+    begun to remove is left to it."""
+    while True:
+        path = SHM_DIR / f"kvmesh-{os.getpid()}-{secrets.token_hex(16)}"
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:
+                return path, fd
+        except BlockingIOError:
+            pass
+        os.close(fd)
+
+
 class Segment:
     """A mapped file. `own` makes and locks one, `open` maps another process's."""
 
@@ -82,10 +97,8 @@ class Segment:
     @classmethod
     def own(cls, size: int) -> Segment:
         """A new segment of `size` bytes, all of them reserved. Raises `OSError`."""
-        path = SHM_DIR / f"kvmesh-{os.getpid()}-{secrets.token_hex(16)}"
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        path, fd = _create()
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.posix_fallocate(fd, 0, size)  # without it, a full file system kills the writer with SIGBUS
             return cls(path, fd, size, mmap.PROT_READ | mmap.PROT_WRITE)
         except OSError:

@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 from mesh.errors import RequestError
 from proxy.api.errors import internal_error
 from proxy.api.merge import Batch, merged
-from proxy.api.sse import KEEP_ALIVE, Output, error_frames
+from proxy.api.sse import Output, error_frames
 from proxy.generation import Chunk, Generation, Route
 from proxy.metrics import ProxyMetrics, RequestRecord
 from proxy.text.choice import ChoiceText, Piece
@@ -124,7 +124,7 @@ class Answer(Response):
             if done:
                 return work not in done
             if perf_counter() - output.last_write >= self._keep_alive_s:
-                await output.write(KEEP_ALIVE)
+                await output.keep_alive()
 
     async def _answer(self, output: Output) -> None:
         try:

@@ -15,8 +15,9 @@ MAX_DEPTH = 100
 def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object in `body`. Raises `RequestError` 400.
 
-    Refused: bytes that are not UTF-8, duplicate keys, NaN and infinities (also as 1e999), NUL and lone surrogates in
-    strings, nesting beyond `MAX_DEPTH`.
+    Refused: bytes that are not UTF-8, duplicate keys, NaN and infinities (also as 1e999), lone surrogates in strings,
+    nesting beyond `MAX_DEPTH`. NUL is a character like any other: a model may write one, and its answer comes back
+    with the conversation's next turn.
     """
     try:
         value = json.loads(
@@ -85,8 +86,6 @@ def _check(value: dict[str, Any], *, strings: bool) -> None:
 
 
 def _check_text(text: str) -> None:
-    if "\0" in text:
-        raise _refusal("a string in it holds NUL")
     try:
         text.encode()
     except UnicodeEncodeError:

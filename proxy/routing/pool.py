@@ -252,6 +252,11 @@ class WorkerPool:
         self._refresh_facts()
         return True
 
+    def excuse(self, seconds: float, now: float) -> None:
+        """Until now, nobody listened for so long: that time counts as no worker's silence."""
+        for worker in self._workers.values():
+            worker.last_beat = min(now, worker.last_beat + seconds)
+
     def overdue(self, now: float) -> list[Place]:
         """Workers in use that have been silent for too long."""
         return [

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from engine.sim_engine import CostModel, SimRunner, expected_tokens
+from engine.step import Row, Sampled
 from mesh.params import SamplingParams
 from proxy.generation import GenerateRequest
 from tests.e2e.fleet import TIMEOUT_S, Fleet, Shape, fleet
@@ -105,4 +107,30 @@ def test_a_worker_that_drains_under_load_loses_nothing(tmp_path: Path) -> None:
 
     with fleet(tmp_path, runner, SHAPE, prefill=2, decode=2, disaggregate_above=9) as running:
         running.call(load_and_leave(running))
+        running.assert_quiet()
+
+
+class FailingRunner(SimRunner):
+    """Its fifth step raises."""
+
+    steps = 0
+
+    def run(self, rows: Sequence[Row]) -> list[Sampled]:
+        self.steps += 1
+        if self.steps == 5:
+            raise RuntimeError("a page is gone")
+        return super().run(rows)
+
+
+def test_a_worker_whose_engine_fails_says_so_before_its_silence_tells(tmp_path: Path) -> None:
+    runners = iter([FailingRunner(SHAPE.num_blocks, SHAPE.block_tokens, VOCAB, max_model_len=SHAPE.max_model_len)])
+
+    async def ask(running: Fleet) -> None:
+        places = asyncio.Semaphore(8)
+        async with asyncio.timeout(10):  # these workers count as silent after 30 s
+            await asyncio.gather(*(client(running, Ask((i, 2, 3), 24, 1, None), i, places) for i in range(8)))
+
+    with fleet(tmp_path, lambda: next(runners, None) or runner(), SHAPE, prefill=0, decode=2) as running:
+        running.call(ask(running))
+        assert not running.workers["decode-0"].thread.is_alive()
         running.assert_quiet()

@@ -95,7 +95,10 @@ def check(directory: Path, tmp_path: Path, shape: Shape, *, prefill: int, decode
         assert_equal(running.generate(prompts(), GREEDY), expected)
         assert_equal(running.generate(prompts(), GREEDY), expected)  # now with prefix hits
         carried = {t for w in running.workers.values() for t, size in w.kv.stats().bytes_in.items() if size}
-        assert carried == ({shape.transports[0]} if prefill else set())
+        if prefill:  # a burst may exhaust a transport's slots; ZeroMQ then carries the rest
+            assert {shape.transports[0]} <= carried <= {shape.transports[0], "zmq"}
+        else:
+            assert carried == set()
         running.assert_quiet()
 
 

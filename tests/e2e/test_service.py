@@ -124,6 +124,55 @@ def test_logprobs_and_echo_agree_with_each_other(service: Deployment) -> None:
     assert echoed.choices[0].logprobs.token_logprobs[3:] == pytest.approx(greedy.choices[0].logprobs.token_logprobs)
 
 
+@pytest.mark.parametrize("choices", [1, 3])
+def test_a_first_token_that_stops_ends_the_request_everywhere(service: Deployment, choices: int) -> None:
+    """The prefill worker has the whole answer; what the decode worker was to fetch is let go of."""
+    answer = service.client.completions.create(
+        model=service.model_name, prompt=[71] * 50, max_tokens=9, temperature=0, logit_bias={"257": 100}, n=choices
+    )
+    assert [(c.text, c.finish_reason) for c in answer.choices] == [("", "stop")] * choices
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == choices
+    service.assert_quiet()
+
+
+def test_a_seeded_stream_is_the_whole_answer(service: Deployment) -> None:
+    request = {"model": service.model_name, "prompt": [80, 81] * 70, "max_tokens": 20, "seed": 7, "n": 3, "logprobs": 1}
+    whole = service.client.completions.create(**request)  # type: ignore[call-overload]
+    texts, offsets = [""] * 3, [list[int]() for _ in range(3)]
+    for event in service.client.completions.create(**request, stream=True):  # type: ignore[call-overload]
+        for choice in event.choices:
+            texts[choice.index] += choice.text
+            offsets[choice.index] += choice.logprobs.text_offset if choice.logprobs else []
+    assert texts == [c.text for c in whole.choices]
+    assert offsets == [c.logprobs.text_offset for c in whole.choices]
+    assert len(set(texts)) == 3
+
+
+@pytest.mark.parametrize(("length", "room"), [(8190, 2), (8191, 1)])
+def test_a_prompt_up_to_the_context_gets_the_room_that_is_left(service: Deployment, length: int, room: int) -> None:
+    answer = service.client.completions.create(
+        model=service.model_name, prompt=[66] * length, max_tokens=5, extra_body={"ignore_eos": True}
+    )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == room
+    assert answer.choices[0].finish_reason == "length"
+    with pytest.raises(BadRequestError):
+        service.client.completions.create(model=service.model_name, prompt=[66] * 8192, max_tokens=1)
+
+
+def test_a_conversations_next_turn_finds_the_last_one(service: Deployment) -> None:
+    request = {"model": service.model_name, "max_tokens": 40, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    first = {"role": "user", "content": "Tell me about paged attention, please."}
+    said = service.client.chat.completions.create(messages=[first], **request)  # type: ignore[call-overload]
+    answer = {"role": "assistant", "content": said.choices[0].message.content}
+    turn = {**request, "messages": [first, answer, {"role": "user", "content": "Go on."}]}
+    again = service.client.chat.completions.create(**turn)  # type: ignore[call-overload]
+    assert again.usage.prompt_tokens_details.cached_tokens >= said.usage.prompt_tokens // 16 * 16 - 16
+    repeated = service.client.chat.completions.create(**turn)  # type: ignore[call-overload]
+    assert repeated.choices[0].message.content == again.choices[0].message.content
+
+
 def test_an_unknown_model_is_404(service: Deployment) -> None:
     with pytest.raises(NotFoundError) as error:
         service.client.completions.create(model="another", prompt="x")

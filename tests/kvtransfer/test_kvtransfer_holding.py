@@ -95,6 +95,19 @@ def test_a_stream_that_never_opens_makes_everything_missing() -> None:
     assert said(effects, Missing) == [Missing(T, 1, (0, 1, 2))]
 
 
+@pytest.mark.parametrize(
+    ("end", "when"),
+    [(hs.Tick(), STREAM_WAIT_S), (hs.LinkLost(LINK), 1.0), (hs.Received(LINK, ME, PEER, AbortFetch(T, 1)), 1.0)],
+)
+def test_nothing_is_wanted_of_a_stream_that_never_opens_once_nobody_waits(end: hs.Event, when: float) -> None:
+    state, effects = hold(ask())
+    assert hs.WantsChanged("s") in effects
+    assert len(state.wants("s")) == 3
+    state, effects = hold(end, now=when, state=replace(state, leases={LINK: hs.Lease(ME, when)}))
+    assert hs.WantsChanged("s") in effects
+    assert state.wants("s") == frozenset()
+
+
 def test_repeating_a_fetch_sends_nothing_twice() -> None:
     _, effects = hold(hs.OpenStream("s"), ask(credit=9), ask(credit=9), produced(0), ask(credit=9))
     assert shipped(effects) == [0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -163,6 +164,44 @@ def test_only_dead_owners_segments_are_removed() -> None:
         assert alive.path.exists()
     finally:
         alive.close(unlink=True)
+
+
+def test_a_segment_that_is_taken_for_an_orphan_before_it_is_locked_is_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lock = fcntl.flock
+    early: list[Path] = []
+
+    def lock_late(fd: int, operation: int) -> None:
+        if not early:
+            early.append(Path(os.readlink(f"/proc/self/fd/{fd}")))
+            shm.remove_orphans()
+        lock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    segment = Segment.own(4096)
+    assert segment.path.exists()
+    assert not early[0].exists()
+    segment.close(unlink=True)
+
+
+def test_a_segment_that_is_being_removed_is_left_to_its_remover(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = fcntl.flock
+    removers: list[int] = []
+
+    def lock_second(fd: int, operation: int) -> None:
+        if not removers:
+            path = os.readlink(f"/proc/self/fd/{fd}")
+            removers.append(os.open(path, os.O_RDWR))
+            lock(removers[0], operation)
+            os.unlink(path)
+        lock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock_second)
+    segment = Segment.own(4096)
+    os.close(removers[0])
+    assert segment.path.exists()
+    segment.close(unlink=True)
 
 
 def test_no_room_in_shared_memory_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

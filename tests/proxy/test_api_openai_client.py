@@ -3,48 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 import time
 from collections.abc import Iterator
 
 import openai
 import pytest
-import uvicorn
 
 from mesh.errors import RequestError
 from mesh.settings import ProxySettings
 from tests.proxy.api_client import MODEL, Api, reply
 from tests.proxy.fake_dispatcher import FakeGeneration
+from tests.proxy.http_server import Server
 
 HI: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 BUSY = RequestError(503, "Busy.", code="overloaded", retry_after=1)
-
-
-class Server:
-    """The application on a port of its own, in a thread with its own loop."""
-
-    def __init__(self, api: Api) -> None:
-        self._socket = socket.socket()
-        self._socket.bind(("127.0.0.1", 0))
-        self.port: int = self._socket.getsockname()[1]
-        config = uvicorn.Config(api.app, log_level="error", lifespan="off")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
-
-    def __enter__(self) -> Server:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join(10)
-        self._socket.close()
-
-    def client(self, retries: int = 0) -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=retries, timeout=10
-        )
 
 
 @pytest.fixture

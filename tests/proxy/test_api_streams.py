@@ -9,10 +9,12 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
+from starlette.types import Message
 
 from mesh.errors import RequestError
 from mesh.settings import ProxySettings
 from proxy.api.door import Door
+from proxy.api.sse import Output
 from tests.proxy.api_client import CHAT, COMPLETIONS, MODEL, Api, Call, chat_texts, error_of, events, finishes, reply
 from tests.proxy.fake_dispatcher import Script
 
@@ -303,3 +305,23 @@ def test_the_door_counts_who_is_inside() -> None:
 
 def test_a_single_token_script_is_complete() -> None:
     assert finishes(Api(Script([5], finish="length")).chat_stream()) == [(0, "length")]
+
+
+def test_no_comment_follows_an_end_that_the_client_has_not_taken() -> None:
+    async def test() -> None:
+        sent: list[Message] = []
+        taken = asyncio.Event()
+
+        async def send(message: Message) -> None:
+            await taken.wait()
+            sent.append(message)
+
+        output = Output(send)
+        end = asyncio.create_task(output.end(b"end"))
+        await asyncio.sleep(0)
+        await output.keep_alive()
+        taken.set()
+        await end
+        assert [m.get("body") for m in sent] == [None, b"end"]
+
+    run(test())

@@ -47,7 +47,6 @@ def body_with(value: str) -> bytes:
         body_with("9" * 5000),
         body_with('"\\ud800"'),
         body_with('{"\\udfff": 1}'),
-        body_with('["\\u0000"]'),
         body_with('"\x00"'),
         body_with("[" * 500 + "]" * 500),
         body_with("[" * 100_000 + "]" * 100_000),
@@ -56,7 +55,7 @@ def body_with(value: str) -> bytes:
         b'{"model":"tiny","model":"tiny","messages":[]}',
         body_with("1]"),
     ],
-    ids=range(25),
+    ids=range(24),
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_a_body_that_is_no_strict_json_object_is_400(body: bytes, path: str) -> None:
@@ -65,6 +64,14 @@ def test_a_body_that_is_no_strict_json_object_is_400(body: bytes, path: str) -> 
     assert error["type"] == "invalid_request_error"
     assert "JSON" in error["message"]
     assert error["code"] is None
+
+
+def test_a_nul_that_the_model_wrote_may_come_back() -> None:
+    answer = Api("a\0b").chat()["choices"][0]["message"]["content"]
+    assert answer == "a\0b"
+    api = Api()
+    api.chat(answer)
+    assert "a\0b" in api.tokenizer.decode(api.sent.tokens)
 
 
 def test_surrogate_pairs_and_ordinary_depth_are_accepted() -> None:

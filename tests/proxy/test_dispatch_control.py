@@ -177,12 +177,43 @@ def test_a_silent_step_loop_counts_as_dead_until_it_beats_again(tmp_path: Path) 
             other = await mesh.worker("d1", "decode", step_bound_s=50.0)
             mesh.dispatcher.submit(request())
             await paused.expect(Decode)
-            mesh.clock.now += BEAT_TIMEOUT_S + 0.1
+            for _ in range(4):
+                mesh.clock.now += (BEAT_TIMEOUT_S + 0.1) / 4
+                mesh.fleet.tick()
             assert (await other.expect(Decode)).attempt == 2
             assert (await paused.expect(Abort)).attempt == 1
             mesh.clock.now += REVIVE_AFTER_S
             paused.beat()
             await mesh.until(lambda: len(mesh.fleet.pool.routable()) == 2)
+
+    asyncio.run(scenario())
+
+
+def test_a_proxy_that_stood_still_does_not_blame_its_workers(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            worker = await mesh.worker("d0", "decode", step_bound_s=0.0)
+            generation = mesh.dispatcher.submit(request())
+            job = await worker.expect(Decode)
+            mesh.clock.now += BEAT_TIMEOUT_S + 5
+            mesh.fleet.tick()
+            worker.tokens(job, 0, [7], finish="stop")
+            assert await tokens_of(generation) == [7]
+            assert generation.route.attempts == 1
+
+    asyncio.run(scenario())
+
+
+def test_workers_that_fall_silent_together_cost_one_attempt(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            for name in ("d0", "d1", "d2", "d3", "d4"):
+                await mesh.worker(name, "decode", step_bound_s=0.0)
+            generation = mesh.dispatcher.submit(request())
+            for _ in range(4):
+                mesh.clock.now += (BEAT_TIMEOUT_S + 0.1) / 4
+                mesh.fleet.tick()
+            assert (mesh.dispatcher.waiting, generation.route.attempts) == (1, 1)
 
     asyncio.run(scenario())
 

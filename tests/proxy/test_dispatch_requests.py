@@ -298,6 +298,20 @@ def test_a_request_waits_for_a_worker_that_was_just_lost(tmp_path: Path) -> None
     asyncio.run(scenario())
 
 
+def test_a_reader_that_leaves_while_no_worker_is_there_leaves_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, max_requests=1) as mesh:
+            (await mesh.worker("d0", "decode")).send(Goodbye("restart"))
+            await mesh.until(lambda: not mesh.dispatcher.ready)
+            generation = mesh.dispatcher.submit(request(n=2))
+            assert mesh.dispatcher.waiting == 2
+            generation.abort("the client is gone")
+            assert (mesh.dispatcher.live, mesh.dispatcher.waiting) == (0, 0)
+            mesh.dispatcher.submit(request("next"))  # its place is free
+
+    asyncio.run(scenario())
+
+
 def test_a_stream_ends_with_an_error_when_no_worker_comes_back(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as mesh:

@@ -49,6 +49,17 @@ def test_a_note_about_another_token_is_not_used() -> None:
     assert bench.loop.named("ready") == [(KEY, ())]
 
 
+def test_a_noted_token_that_fills_the_context_here_is_generated_again() -> None:
+    bench = Bench()
+    role = DecodeRole(bench.parts)
+    role.assign(bench.proxy, decode_message(tokens=bench.parts.max_model_len - 1))
+    role.expected(Expected(KEY, BLOCKS))
+    transfer = bench.kv.named("fetch")[0][0]
+    blocks = [BlockArrived(transfer, i, bytes(16)) for i in range(3)]
+    role.transferred([Noted(transfer, FirstToken(0, 42, None).pack()), *blocks, ended(transfer)])
+    assert bench.loop.named("ready") == [(KEY, ())]
+
+
 def test_a_note_that_is_garbage_is_dropped() -> None:
     bench = Bench()
     role, transfer = fetching(bench, limit=10)
