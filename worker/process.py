@@ -15,7 +15,6 @@ Shutdown, on SIGTERM or SIGINT:
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import time
 from collections.abc import Callable
@@ -56,6 +55,7 @@ from worker.steploop import (
     Stepped,
     Stopped,
 )
+from worker.wakeup import Wakeup
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class WorkerProcess:
         self._station = station
         self._clock = clock
         self._events: queue.SimpleQueue[LoopEvent] = queue.SimpleQueue()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake = Wakeup()
         self._loop = StepLoop(station.engine, self._emit, clock)
         self._links = [ProxyLink(context, address, station.info) for address in station.proxies]
         self._replies = Replies()
@@ -111,9 +111,8 @@ class WorkerProcess:
         self._draining_until: float | None = None
         self._exit_code: int | None = None
         self._last_beat = clock()
-        self._closed = False
         self._poller = zmq.Poller()
-        self._poller.register(self._wake, zmq.POLLIN)
+        self._poller.register(self._wake.fd, zmq.POLLIN)
         for link in self._links:
             self._poller.register(link.socket, zmq.POLLIN)
             self._poller.register(link.monitor, zmq.POLLIN)
@@ -122,8 +121,7 @@ class WorkerProcess:
     def drain(self) -> None:
         """Asks for a clean end; callable from a signal handler."""
         self._drain_asked = True
-        if not self._closed:
-            os.eventfd_write(self._wake, 1)
+        self._wake.set()
 
     def publish(self, events: BlockEvents) -> None:
         """Sends residency straight to every proxy (when no shared store carries it)."""
@@ -161,8 +159,8 @@ class WorkerProcess:
         self._watch_kv()
         due_ms = (self._station.kv.next_deadline() - self._clock()) * 1000
         ready = {source for source, _ in self._poller.poll(int(max(0.0, min(POLL_MS, due_ms))))}
-        if self._wake in ready:
-            os.eventfd_read(self._wake)
+        if self._wake.fd in ready:
+            self._wake.clear()
         now = self._clock()
         self._read_proxies(now)
         for socket in self._kv_sockets & ready:
@@ -176,7 +174,7 @@ class WorkerProcess:
     def _emit(self, event: LoopEvent) -> None:
         """Runs on the step loop's thread."""
         self._events.put(event)
-        os.eventfd_write(self._wake, 1)
+        self._wake.set()
 
     def _read_proxies(self, now: float) -> None:
         for link in self._links:
@@ -292,5 +290,4 @@ class WorkerProcess:
         self._station.kv.close()
         for link in self._links:
             link.close()
-        self._closed = True
-        os.close(self._wake)
+        self._wake.close()
