@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from typing import Any
 
 import h11
@@ -31,7 +32,7 @@ STALLED_S = 60.0
 """A client that reads nothing for so long, with an answer waiting, is gone."""
 
 
-class Guarded(asyncio.Protocol):
+class Guarded(asyncio.Protocol, ABC):
     """What uvicorn's protocols have in common here: bounds in time and size, and errors as everywhere else."""
 
     transport: asyncio.Transport
@@ -78,9 +79,9 @@ class Guarded(asyncio.Protocol):
         self.transport.close()
 
     @property
+    @abstractmethod
     def in_head(self) -> bool:
         """The client has sent something, but no complete head of a request."""
-        raise NotImplementedError
 
     @property
     def _under_way(self) -> bool:
