@@ -169,7 +169,7 @@ class DecodeRole:
             )
             self._end(job)
             return
-        if job.missing and event.outcome != "ok":
+        if owed and job.source_prefills:  # a mere holder was never expected to have all
             self._parts.metrics.recomputed(owed)
         first = job.first
         job.started = True

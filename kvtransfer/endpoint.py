@@ -124,11 +124,8 @@ class KvEndpoint:
         self._check(payload)
         self._holder.give(stream, name, payload)
 
-    def close_stream(self, stream: str, failed: bool = False) -> None:
-        """Nothing more is produced. What is held stays fetchable by `NeedBlocks` until the stream is released.
-
-        `failed` changes nothing for the fetchers: what they still lack is missing, and they compute it.
-        """
+    def close_stream(self, stream: str) -> None:
+        """Nothing more is produced. What is held stays fetchable by `NeedBlocks` until the stream is released."""
         self._holder.apply(hs.CloseStream(stream))
 
     def release_stream(self, stream: str) -> None:

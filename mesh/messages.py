@@ -222,7 +222,8 @@ class Refused:
     request_id: str
     attempt: int
     code: str
-    """`draining`, `blocks_missing`, `stale_incarnation`, `too_long`, `no_memory`, `deadline`, `internal`."""
+    """`draining`, `blocks_missing`, `stale_incarnation`, `too_long`, `no_memory`, `deadline`, `wrong_role`,
+    `internal`."""
     message: str
     retryable: bool
     """True: another worker may succeed."""

@@ -142,5 +142,5 @@ class PrefillRole:
         self._streams.pop(job.key, None)
         self._parts.loop.want(job.key, frozenset())
         self._parts.loop.abort(job.key)
-        self._parts.kv.close_stream(job.key, failed=True)
+        self._parts.kv.close_stream(job.key)
         self._parts.kv.release_stream(job.key)

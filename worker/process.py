@@ -106,7 +106,6 @@ class WorkerProcess:
             )
         )
         self._publisher = station.publisher
-        self._event_seq = 0
         self._drain_asked = False
         self._draining_until: float | None = None
         self._exit_code: int | None = None

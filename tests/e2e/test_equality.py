@@ -116,7 +116,7 @@ def test_a_co_located_worker_says_what_transformers_says(
     check(models(family), tmp_path, Shape(), prefill=0, decode=1)
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen3"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_two_prefill_and_two_decode_workers_say_what_transformers_says(
     family: str, models: Callable[[str], Path], tmp_path: Path
 ) -> None:

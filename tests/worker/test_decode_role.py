@@ -73,6 +73,7 @@ def test_a_short_remainder_is_computed_here() -> None:
     role.transferred([BlockArrived(transfer, i, bytes(16)) for i in range(2)])
     role.transferred([ended(transfer, "timeout")])
     assert bench.loop.named("ready") == [(KEY, ())]
+    assert bench.counted("kvmesh_recomputed_tokens_total") == 2
 
 
 def test_a_long_remainder_is_handed_back() -> None:
