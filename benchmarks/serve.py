@@ -51,8 +51,10 @@ def make_model(directory: Path) -> Path:
     """A random 25 M Llama with the demo model's tokenizer."""
     torch.manual_seed(0)
     demo = ROOT / "deploy" / "demo_model"
-    config = LlamaConfig.from_pretrained(
-        demo,
+    config = LlamaConfig(
+        vocab_size=2048,
+        tie_word_embeddings=True,
+        eos_token_id=3,
         hidden_size=512,
         intermediate_size=1536,
         num_hidden_layers=8,

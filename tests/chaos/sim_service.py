@@ -5,14 +5,13 @@ from __future__ import annotations
 from tokenizers import Tokenizer
 
 from engine.sim_engine import PRINTABLE, expected_tokens
-from tests.e2e.processes import ROOT
+from tests.byte_model import byte_model
 
-DEMO = ROOT / "deploy" / "demo_model"
 FLAGS = ("--engine", "sim", "--sim-step-s", "0.03", "--max-num-batched-tokens", "64", "--max-model-len", "4096")
 
 
 def expected(prompt: list[int], tokens: int) -> str:
     """What an undisturbed engine says."""
     ids = expected_tokens(prompt, tokens, PRINTABLE.stop, first_token=PRINTABLE.start)
-    text: str = Tokenizer.from_file(str(DEMO / "tokenizer.json")).decode(ids)
+    text: str = Tokenizer.from_file(str(byte_model() / "tokenizer.json")).decode(ids)
     return text

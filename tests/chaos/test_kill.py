@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.sim_service import DEMO, FLAGS, expected
+from tests.byte_model import byte_model
+from tests.chaos.sim_service import FLAGS, expected
 from tests.e2e.processes import Deployment, deployment, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -24,7 +25,7 @@ CHUNK = 64
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Deployment]:
     with deployment(
-        tmp_path, DEMO, prefill=2, decode=2, flags=FLAGS, proxy_flags=("--disaggregate-above", "32")
+        tmp_path, byte_model(), prefill=2, decode=2, flags=FLAGS, proxy_flags=("--disaggregate-above", "32")
     ) as running:
         yield running
 
@@ -96,7 +97,7 @@ def test_killing_the_decode_worker_mid_stream_changes_no_token(service: Deployme
 
 
 def test_a_stream_outlives_the_only_decode_worker_when_one_comes_back(tmp_path: Path) -> None:
-    with deployment(tmp_path, DEMO, prefill=1, decode=1, flags=FLAGS) as service:
+    with deployment(tmp_path, byte_model(), prefill=1, decode=1, flags=FLAGS) as service:
         prompt = [68 + i % 26 for i in range(3 * CHUNK)]
         request = Request(service, prompt, 100)
         wait_until(lambda: len(request.texts) > 10, "the stream runs")

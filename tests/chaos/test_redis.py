@@ -10,7 +10,8 @@ import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from tests.chaos.sim_service import DEMO, FLAGS, expected
+from tests.byte_model import byte_model
+from tests.chaos.sim_service import FLAGS, expected
 from tests.e2e.processes import Deployment, deployment, free_port, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -53,7 +54,7 @@ def test_redis_may_die_and_return_under_load(tmp_path: Path) -> None:
     redis = start_redis(port)
     try:
         with deployment(
-            tmp_path, DEMO, prefill=1, decode=1, flags=FLAGS, store=f"redis://127.0.0.1:{port}/0"
+            tmp_path, byte_model(), prefill=1, decode=1, flags=FLAGS, store=f"redis://127.0.0.1:{port}/0"
         ) as service:
             stop, errors, done = threading.Event(), list[str](), list[int]()
             threads = [threading.Thread(target=keep_asking, args=(service, i, stop, errors, done)) for i in range(6)]

@@ -1,12 +1,10 @@
-"""Writes a tiny Llama with random weights and a byte-level tokenizer into this folder; the same bytes every time.
-
-python deploy/demo_model/make_random.py [FOLDER]
-"""
+"""A tiny Llama with random weights and one token per byte: a token id is a character, which tests can compute."""
 
 from __future__ import annotations
 
 import json
-import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -80,5 +78,12 @@ def write(folder: Path) -> None:
     (folder / "model.safetensors").chmod(0o644)
 
 
-if __name__ == "__main__":
-    write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent)
+@cache
+def byte_model() -> Path:
+    """A folder of this process with the model in it, the same bytes every time."""
+    folder = Path(_FOLDER.name) / "byte_model"
+    write(folder)
+    return folder
+
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="kvmesh-", ignore_cleanup_errors=True)

@@ -1,0 +1,179 @@
+"""Training of the demo model, on a tiny network."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from deploy.demo_model.train.examples import Example
+from deploy.demo_model.train.muon import orthogonalised
+from deploy.demo_model.train.network import (
+    Network,
+    Shape,
+    TiedLoss,
+    blockwise_attention,
+    causal_bias,
+    logit_gradient,
+    write_model,
+)
+from deploy.demo_model.train.train import (
+    ABSENT,
+    CONTEXT,
+    TRAINED,
+    Cursor,
+    DirectSource,
+    Feed,
+    Maker,
+    Recipe,
+    Stage,
+    Trainer,
+    packed,
+)
+
+PAD, BOS = 0, 1
+SHAPE = Shape(vocab=16, hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2, head_dim=8)
+STAGES = (Stage(2048, 0.5, ((16, 8, 1.0),), 1), Stage(4096, 0.5, ((32, 4, 0.5), (16, 8, 0.5)), 2))
+RECIPE = Recipe(stages=STAGES, warmup=4, pad=PAD)
+
+
+def copies(seed: int, length: int) -> Iterator[Example]:
+    """A few tokens, and the same ones again."""
+    rng = random.Random(seed)
+    while True:
+        said = [rng.randrange(3, 16) for _ in range(rng.randrange(2, 4))]
+        ids = [BOS, *said, 2, *said]
+        yield Example(ids, [i > len(said) + 1 for i in range(len(ids))])
+
+
+def trainer(recipe: Recipe = RECIPE) -> Trainer:
+    return Trainer(Network(SHAPE), recipe, lambda: DirectSource(recipe, copies))
+
+
+def mean_loss(made: Trainer, steps: int) -> float:
+    before = made.tally.loss, made.tally.trained
+    for _ in range(steps):
+        assert made.step()
+    return (made.tally.loss - before[0]) / (made.tally.trained - before[1])
+
+
+def test_loss_falls_until_the_plan_is_fulfilled() -> None:
+    made = trainer(replace(RECIPE, tokens_scale=2.0))
+    first, last = mean_loss(made, 10), mean_loss(made, 80)
+    assert last < 0.9 * first
+    while made.step():
+        pass
+    assert made.cursor.tokens == 2 * (2048 + 4096)
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+    through, begun, resumed = trainer(), trainer(), trainer()
+    mean_loss(through, 40)
+    mean_loss(begun, 19)
+    begun.save(tmp_path)
+    resumed.load(tmp_path)
+    mean_loss(resumed, 21)
+    assert resumed.cursor == through.cursor
+    for one, other in zip(through.network.parameters(), resumed.network.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
+    made = trainer()
+    for _ in range(2):
+        made.step()
+        made.save(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000002"]
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
+    made = trainer()
+    made.step()
+    made.save(tmp_path)
+    other = Trainer(Network(replace(SHAPE, layers=1)), RECIPE, lambda: DirectSource(RECIPE, copies))
+    with pytest.raises(ValueError, match="another shape"):
+        other.load(tmp_path)
+
+
+def test_micro_steps_add_up() -> None:
+    whole, parts = trainer(), trainer(replace(RECIPE, micro_tokens=32))
+    mean_loss(whole, 1)
+    mean_loss(parts, 1)
+    assert parts.tally.norm == pytest.approx(whole.tally.norm, rel=1e-4)
+
+
+def test_transformers_loads_the_written_model(tmp_path: Path) -> None:
+    made = trainer()
+    mean_loss(made, 5)
+    write_model(made.network, tmp_path, {"bos_token_id": BOS, "eos_token_id": 2, "pad_token_id": PAD})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(theirs).__name__ == "Qwen3ForCausalLM"
+    with torch.no_grad():
+        for p in made.network.parameters():
+            p.copy_(p.bfloat16())
+        ids = torch.randint(16, (2, 512), generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(made.network.logits(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
+    for rows, columns in ((48, 24), (24, 48), (32, 32)):
+        matrices = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(1))
+        values = torch.linalg.svdvals(orthogonalised(matrices, torch.float32))
+        assert values.min() > 0.3
+        assert values.max() < 1.4
+
+
+def test_attention_in_blocks_is_causal_attention() -> None:
+    q = torch.randn(2, 2, 3, 512, 8)
+    k, v = torch.randn(2, 2, 512, 8), torch.randn(2, 2, 512, 8)
+    expected = F.scaled_dot_product_attention(q, k[:, :, None], v[:, :, None], is_causal=True, scale=1.0)
+    torch.testing.assert_close(blockwise_attention(q, k, v, causal_bias(512)), expected)
+
+
+def test_tied_loss_is_the_weighted_cross_entropy() -> None:
+    hidden, table = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    targets, weights = torch.randint(7, (9,)), torch.rand(9)
+    total, each, hits = TiedLoss.apply(hidden, table, targets, weights, logit_gradient)  # type: ignore[no-untyped-call]
+    losses = F.cross_entropy(hidden @ table.T, targets, reduction="none")
+    torch.testing.assert_close(each, losses)
+    assert torch.equal(hits, (hidden @ table.T).argmax(-1) == targets)
+    ours = torch.autograd.grad(total, (hidden, table))
+    torch.testing.assert_close(ours, torch.autograd.grad((losses * weights).sum(), (hidden, table)))
+
+
+def test_rows_hold_whole_examples_and_padding() -> None:
+    rows = packed(copies(1, 20), 20, PAD)
+    for _ in range(50):
+        ids, kinds = next(rows)
+        assert len(ids) == len(kinds) == 20
+        assert ids[0] == BOS
+        for token, kind in zip(ids, kinds, strict=True):
+            assert (kind == ABSENT) == (token in (PAD, BOS))
+        assert {CONTEXT, TRAINED} <= set(kinds)
+
+
+def test_a_batch_depends_on_its_number_only() -> None:
+    in_order, alone = Maker(RECIPE, copies), Maker(RECIPE, copies)
+    made = [in_order.batch(1, step) for step in range(41)]
+    assert (alone.batch(1, 40).ids == made[40].ids).all()
+    assert (alone.batch(1, 3).ids == made[3].ids).all()
+
+
+def test_stages_follow_the_time_when_the_plan_is_of_minutes() -> None:
+    timed, fraction = replace(RECIPE, minutes=1.0), 0.0
+    feed = Feed(timed, DirectSource(timed, copies), Cursor(), lambda tokens: fraction)
+    assert feed.take() is not None
+    assert feed.cursor == Cursor(0, 1, 128)
+    fraction = 0.6
+    while feed.cursor.stage == 0:
+        feed.take()
+    assert feed.cursor.step == 1
+    fraction = 1.0
+    while feed.take():
+        pass
