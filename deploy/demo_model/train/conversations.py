@@ -176,7 +176,7 @@ def recall(words: Words, conversation: Conversation, room: float) -> None:
 def copying(words: Words, conversation: Conversation, room: float) -> None:
     while conversation.size < room - 10:
         left = room - conversation.size
-        size = min(int(left / 2.4), int(2 ** words.rng.uniform(1.5, 7)))
+        size = min(int(left / 2.4), int(2 ** words.rng.uniform(2, 7)))
         conversation.exchange(copy(words, max(2, size)))
 
 
@@ -267,11 +267,11 @@ def two_calls(words: Words, tools: Sequence[Tool], chosen: Tool) -> tuple[str, l
 
 
 BUILDERS: tuple[tuple[str, Builder, float], ...] = (
-    ("chat", chat, 0.2),
-    ("recall", recall, 0.27),
-    ("copy", copying, 0.13),
-    ("json", structured, 0.12),
-    ("tools", calling, 0.28),
+    ("chat", chat, 0.14),
+    ("recall", recall, 0.3),
+    ("copy", copying, 0.16),
+    ("json", structured, 0.1),
+    ("tools", calling, 0.3),
 )
 
 

@@ -235,7 +235,7 @@ def order(words: Words) -> Exchange:
 def text_to_copy(words: Words, size: int) -> str:
     """About `size` tokens of one of many kinds."""
     rng = words.rng
-    kind = rng.randrange(9)
+    kind = rng.randrange(11)
     if kind == 0:
         return " ".join(words.word() for _ in range(max(1, size // 4)))
     if kind == 1:
@@ -256,8 +256,10 @@ def text_to_copy(words: Words, size: int) -> str:
     if kind == 6:
         return json.dumps({words.key(): _json_value(words) for _ in range(max(1, size // 9))})
     if kind == 7:
-        numbers = [words.number(rng.randint(1, 6)) for _ in range(max(1, size // 6))]
+        numbers = [words.number(rng.randint(1, 6)) for _ in range(max(1, size // 5))]
         return words.pick(", ", " ", "; ").join(numbers)
+    if kind in (8, 9):
+        return _repetitive(words, size)
     return _odd_characters(words, size)
 
 
@@ -294,6 +296,15 @@ def _code_lines(words: Words, count: int) -> str:
     return "\n".join(text)
 
 
+def _repetitive(words: Words, size: int) -> str:
+    """Few parts in no order: where one stands in it can only be known from what came long before."""
+    rng = words.rng
+    make = rng.choice((words.word, words.name, words.code, words.thing, lambda: words.number(rng.randint(1, 3))))
+    parts = words.distinct(rng.randint(2, 6), make)
+    mark = words.pick(" ", " ", ", ", "\n", "-", " and ")
+    return mark.join(rng.choice(parts) for _ in range(max(2, size // 4)))
+
+
 _MARKS = list("!#$%&()*+,-./:;<=>?@[]^_{|}~'\"\\`")
 _RARE = [*"äöüßéèàçñøåœ€£°±²µ½÷ΩλπЖдя中文日本語한국🙂🚀👍❤🎉"]
 
@@ -318,7 +329,7 @@ def _odd_characters(words: Words, size: int) -> str:
 
 def copy(words: Words, size: int | None = None) -> Exchange:
     rng = words.rng
-    text = text_to_copy(words, size or min(110, int(2 ** rng.uniform(1.5, 6.8))))
+    text = text_to_copy(words, size or min(110, int(2 ** rng.uniform(2, 7))))
     one_line = "\n" not in text
     if one_line and rng.random() < 0.6:
         quoted = f'"{text}"' if '"' not in text and rng.random() < 0.3 else text

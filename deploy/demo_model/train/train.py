@@ -72,10 +72,10 @@ class Stage:
 
 
 STAGES = (
-    Stage(12_000_000, 0.25, ((256, 32, 1.0),), 1),
-    Stage(12_000_000, 0.25, ((512, 16, 0.7), (256, 32, 0.3)), 2),
-    Stage(12_000_000, 0.25, ((1024, 8, 0.6), (512, 16, 0.2), (256, 32, 0.2)), 3),
-    Stage(12_000_000, 0.25, ((4096, 3, 0.4), (1024, 8, 0.35), (256, 32, 0.25)), 4),
+    Stage(8_000_000, 0.22, ((256, 32, 1.0),), 1),
+    Stage(12_000_000, 0.28, ((512, 16, 0.4), (1024, 8, 0.3), (256, 32, 0.3)), 2),
+    Stage(10_000_000, 0.25, ((512, 16, 0.25), (1024, 8, 0.35), (256, 32, 0.25), (4096, 3, 0.15)), 3),
+    Stage(10_000_000, 0.25, ((4096, 3, 0.4), (1024, 8, 0.35), (256, 32, 0.25)), 4),
 )
 
 
@@ -87,7 +87,7 @@ class Recipe:
     seed: int = 1
     minutes: float | None = None
     tokens_scale: float = 1.0
-    context_weight: float = 0.1
+    context_weight: float = 0.0
     muon_rate: float = 0.02
     muon_decay: float = 0.05
     adam_rate: float = 0.004
@@ -491,7 +491,7 @@ def _parser() -> argparse.ArgumentParser:
         if item.name != "vocab":
             default = getattr(shape, item.name)
             add(f"--{item.name.replace('_', '-')}", type=type(default), default=default, help=f"(default: {default})")
-    add("--context-weight", type=float, default=recipe.context_weight, help="loss weight of tokens of others (0.1)")
+    add("--context-weight", type=float, default=recipe.context_weight, help="loss weight of tokens of others (0)")
     add("--muon-rate", type=float, default=recipe.muon_rate, help="learning rate of matrices (0.02)")
     add("--muon-decay", type=float, default=recipe.muon_decay, help="weight decay of matrices (0.05)")
     add("--adam-rate", type=float, default=recipe.adam_rate, help="learning rate of embeddings and gains (0.004)")

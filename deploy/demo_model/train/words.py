@@ -121,6 +121,12 @@ FINDINGS = listed(
 )
 WEEKDAYS = listed("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
+_REAL = [
+    word.lower()
+    for known in (FIRST_NAMES, TOWNS, COLOURS, THINGS, FOODS, ANIMALS, JOBS, ROOMS, ADJECTIVES, TOPICS, KEYS)
+    for word in known
+    if word.isalpha()
+]
 _ONSETS = listed(
     "b br c ch cl d dr f fl g gl gr h j k kl kr l m n p pl pr qu r s sh sk sl sm sn sp st str t th tr v w x y z"
 )
@@ -212,13 +218,25 @@ class Words:
 
     def _spelled(self) -> str:
         rng = self.rng
-        if rng.random() < 0.12:
+        draw = rng.random()
+        if draw < 0.1:
             return "".join(rng.choice(_LETTERS) for _ in range(rng.randint(3, 8)))
+        if draw < 0.4:
+            return self._mended()
         syllables = rng.choices((1, 2, 3), (0.1, 0.6, 0.3))[0]
-        return "".join(
-            rng.choice(_ONSETS) + rng.choice(_VOWELS) + (rng.choice(_CODAS) if rng.random() < 0.6 else "")
-            for _ in range(syllables)
-        )
+        return "".join(self._syllable() for _ in range(syllables))
+
+    def _syllable(self) -> str:
+        rng = self.rng
+        return rng.choice(_ONSETS) + rng.choice(_VOWELS) + (rng.choice(_CODAS) if rng.random() < 0.6 else "")
+
+    def _mended(self) -> str:
+        """A part of a real word with another end or beginning: what has begun like a known word need not be one."""
+        rng = self.rng
+        real = rng.choice(_REAL)
+        if rng.random() < 0.7:
+            return real[: rng.randint(2, max(2, len(real) - 1))] + self._syllable()
+        return self._syllable() + real[rng.randint(1, len(real) - 1) :]
 
     def _code(self) -> str:
         rng = self.rng
