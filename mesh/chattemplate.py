@@ -76,6 +76,8 @@ class ChatTemplate:
         self._default = environment.from_string(sources["default"])
         self._tool_use = environment.from_string(sources.get("tool_use", sources["default"]))
         self._special_tokens = dict(special_tokens)
+        self.text = "\n".join(sources.values())
+        """All of it: what a model's formats are, is written in its template."""
         self.knows_developer_role = "developer" in sources["default"]
 
     def render(

@@ -27,8 +27,10 @@ from proxy.api.schemas import ChatBody, openapi_body, validate
 from proxy.api.service import Service, new_id, unix_now
 from proxy.api.sse import compact
 from proxy.api.submit import answer, submit
+from proxy.api.tools import offered_tools
 from proxy.generation import Chunk, Route
 from proxy.text.choice import Piece
+from proxy.text.toolcalls import ToolCall
 
 RESERVED_TEMPLATE_NAMES = frozenset({"self", "messages", "tools"})
 ROUTE_HEADER = "x-kvmesh-route"
@@ -45,6 +47,7 @@ def chat_router(service: Service) -> APIRouter:
         body = validate(ChatBody, await service.read_json(request))
         service.check_model(body.model)
         check_chat(body)
+        tools = offered_tools(body, service.tokenizer)
         tokens = await _prompt_tokens(service, body)
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         budget = token_budget(asked, len(tokens), service.facts().max_model_len, "messages")
@@ -52,7 +55,7 @@ def chat_router(service: Service) -> APIRouter:
         params = sampling_params(body, service.tokenizer, budget, logprobs, None)
         options = text_options(body)
         n = body.n or 1
-        choices = [options.choice(service.tokenizer, tokens) for _ in range(n)]
+        choices = [options.choice(service.tokenizer, tokens, tools=tools) for _ in range(n)]
         envelope = Envelope(new_id("chatcmpl"), unix_now(), service.model_name)
         usage = Usage(prompt_tokens=len(tokens))
         generations = submit(service, body, envelope.id, [tokens], params, [budget])
@@ -89,10 +92,6 @@ def check_chat(body: ChatBody) -> None:
     check_min_tokens(body.min_tokens, limit)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
-    if body.tools and body.tool_choice != "none":
-        raise unsupported("tools", 'only tool_choice "none" is served')
-    if not body.tools and body.tool_choice not in (None, "none", "auto"):
-        raise RequestError(400, "tool_choice is only allowed when tools are given.", param="tool_choice")
     if body.continue_final_message and body.add_generation_prompt:
         raise RequestError(
             400,
@@ -129,7 +128,7 @@ def _template_variables(body: ChatBody) -> dict[str, Any]:
 
 
 class ChatStream:
-    """Frames: the role, text as it comes, the finish reason; for each choice."""
+    """Frames: the role, text as it comes, calls when they are whole, the finish reason; for each choice."""
 
     def __init__(self, frames: Frames, n: int, tokenizer: Tokenizer, *, logprobs: bool) -> None:
         self._frames = frames
@@ -151,6 +150,10 @@ class ChatStream:
                 logprobs = compact({"content": entries, "refusal": None})
                 rest = f'}},"logprobs":{logprobs},"finish_reason":null}}'
             frames += self._frames.text(self._heads[choice], piece.text, rest)
+        for call in piece.calls:
+            head = self._frames.head(choice, '"delta":{"tool_calls":[')
+            delta = compact({"index": call.index, **call.object()})
+            frames += self._frames.whole(head, delta, ']},"logprobs":null,"finish_reason":null}')
         if piece.finish is not None:
             head = self._frames.head(choice, '"delta":{},"logprobs":null,"finish_reason":')
             frames += self._frames.text(head, piece.finish, "}")
@@ -169,11 +172,13 @@ class ChatDocument:
         self._tokenizer = tokenizer
         self._logprobs = logprobs
         self._texts: list[list[str]] = [[] for _ in range(n)]
+        self._calls: list[list[ToolCall]] = [[] for _ in range(n)]
         self._entries: list[list[dict[str, Any]]] = [[] for _ in range(n)]
         self._finishes: list[str | None] = [None] * n
 
     def take(self, choice: int, chunk: Chunk, piece: Piece) -> bytes:
         self._texts[choice].append(piece.text)
+        self._calls[choice].extend(piece.calls)
         self._finishes[choice] = piece.finish
         if self._logprobs:
             tokens = chunk.logprobs[: piece.num_tokens]
@@ -189,7 +194,10 @@ class ChatDocument:
         return compact(document).encode()
 
     def _choice(self, choice: int) -> dict[str, Any]:
-        message = {"role": "assistant", "content": "".join(self._texts[choice]), "refusal": None}
+        text, calls = "".join(self._texts[choice]), self._calls[choice]
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": [call.object() for call in calls]}
         logprobs = {"content": self._entries[choice], "refusal": None} if self._logprobs else None
         return {
             "index": choice,

@@ -45,7 +45,11 @@ class Frames:
 
     def text(self, head: str, text: str, after_text: str) -> bytes:
         """A frame: prepared head, text, prepared rest of the choice."""
-        return (head + quoted(text) + after_text + self._closing()).encode()
+        return self.whole(head, quoted(text), after_text)
+
+    def whole(self, head: str, value: str, after: str) -> bytes:
+        """The same around any JSON."""
+        return (head + value + after + self._closing()).encode()
 
     def end(self, routes: Sequence[Route]) -> bytes:
         """The usage frame, where it was asked for, and the end of the stream."""

@@ -12,6 +12,7 @@ from mesh.params import SamplingParams
 from mesh.tokenizer import Tokenizer
 from proxy.api.errors import unsupported
 from proxy.api.schemas import GenerationBody
+from proxy.api.tools import Tools
 from proxy.text.choice import ChoiceText
 from proxy.text.detokenizer import detokenizer
 from proxy.text.stopstrings import StopStrings
@@ -36,11 +37,15 @@ class TextOptions:
     skip_special_tokens: bool
     min_tokens: int
 
-    def choice(self, tokenizer: Tokenizer, prompt: Sequence[int], start: int = 0) -> ChoiceText:
+    def choice(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], start: int = 0, tools: Tools | None = None
+    ) -> ChoiceText:
         """A fresh choice that continues `prompt`; its text begins after `start` characters."""
+        keep = frozenset[int]() if tools is None else tools.mark_ids
         return ChoiceText(
-            detokenizer(tokenizer, prompt, skip_special_tokens=self.skip_special_tokens),
+            detokenizer(tokenizer, prompt, skip_special_tokens=self.skip_special_tokens, keep=keep),
             StopStrings(self.stops, include=self.include_stop) if self.stops else None,
+            None if tools is None else tools.parser(),
             hide_stop_token=not self.include_stop,
             min_tokens=self.min_tokens,
             start=start,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from proxy.text.detokenizer import Detokenizer
 from proxy.text.stopstrings import StopStrings
+from proxy.text.toolcalls import ToolCall, ToolCallParser
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class Piece:
     finish: str | None
     offsets: tuple[int, ...]
     """Characters of the choice's text before each of those tokens."""
+    calls: tuple[ToolCall, ...] = ()
 
 
 class ChoiceText:
@@ -30,6 +32,7 @@ class ChoiceText:
         "_hide_stop_token",
         "_min_tokens",
         "_stops",
+        "_tools",
         "finish",
         "num_tokens",
     )
@@ -38,6 +41,7 @@ class ChoiceText:
         self,
         detokenizer: Detokenizer,
         stops: StopStrings | None = None,
+        tools: ToolCallParser | None = None,
         *,
         hide_stop_token: bool = True,
         min_tokens: int = 0,
@@ -48,6 +52,7 @@ class ChoiceText:
         """
         self._detokenizer = detokenizer
         self._stops = stops
+        self._tools = tools
         self._hide_stop_token = hide_stop_token
         self._min_tokens = min_tokens
         self._decoded = start
@@ -70,7 +75,20 @@ class ChoiceText:
             if self._stops is not None and not self._matched:
                 text += self._stops.flush()
         self.finish = "stop" if self._matched else finish
-        return Piece(text, len(offsets), self.finish, tuple(offsets))
+        calls: tuple[ToolCall, ...] = ()
+        if self._tools is not None:
+            text, calls = self._parsed(self._tools, text)
+        return Piece(text, len(offsets), self.finish, tuple(offsets), calls)
+
+    def _parsed(self, tools: ToolCallParser, text: str) -> tuple[str, tuple[ToolCall, ...]]:
+        """Text without the calls in it. An answer that ends by itself after a call ends with `tool_calls`."""
+        said, calls = tools.push(text)
+        if self.finish is not None:
+            rest, more = tools.flush()
+            said, calls = said + rest, calls + more
+        if tools.done or (tools.called and self.finish == "stop"):
+            self.finish = "tool_calls"
+        return said, calls
 
     @property
     def _matched(self) -> bool:

@@ -26,11 +26,13 @@ class Detokenizer(Protocol):
         """What is left when no token follows: U+FFFD for an incomplete character."""
 
 
-def detokenizer(tokenizer: Tokenizer, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizer:
-    """A detokenizer for the text that continues `prompt`."""
+def detokenizer(
+    tokenizer: Tokenizer, prompt: Sequence[int], *, skip_special_tokens: bool = True, keep: frozenset[int] = frozenset()
+) -> Detokenizer:
+    """A detokenizer for the text that continues `prompt`. Special tokens of `keep` are never skipped."""
     if tokenizer.byte_level:
-        return ByteDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
-    return StreamDetokenizer(tokenizer, prompt, skip_special_tokens=skip_special_tokens)
+        return ByteDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens, keep=keep)
+    return StreamDetokenizer(tokenizer, prompt, skip_special_tokens=skip_special_tokens, keep=keep)
 
 
 class ByteDetokenizer:
@@ -38,10 +40,12 @@ class ByteDetokenizer:
 
     __slots__ = ("_bytes", "_decoder", "_special")
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, keep: frozenset[int] = frozenset()
+    ) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._bytes = tokenizer.token_bytes
-        self._special: frozenset[int] = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._special: frozenset[int] = (tokenizer.special_token_ids if skip_special_tokens else frozenset()) - keep
 
     def push(self, token: int) -> str:
         if token in self._special:
@@ -55,13 +59,22 @@ class ByteDetokenizer:
 class StreamDetokenizer:
     """For every other vocabulary, where a token's text depends on its neighbours: the library's own stream."""
 
-    __slots__ = ("_after_restart", "_bytes", "_held", "_skip", "_special", "_stream", "_tokenizer")
+    __slots__ = ("_after_restart", "_bytes", "_held", "_keep", "_skip", "_special", "_stream", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        keep: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
         self._bytes = tokenizer.token_bytes
         self._skip = skip_special_tokens
         self._special: frozenset[int] = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._keep = self._special & keep
+        """The library's stream would skip them."""
         tail = prompt[-PROMPT_TAIL_TOKENS:]
         # A stream cannot start from an incomplete character: it would repeat the prompt's text.
         if tokenizer.decode(tail, skip_special_tokens=skip_special_tokens).endswith(REPLACEMENT):
@@ -72,6 +85,8 @@ class StreamDetokenizer:
         """Tokens that the stream has taken and that no text has come of yet."""
 
     def push(self, token: int) -> str:
+        if token in self._keep:
+            return self._restart() + self._bytes(token).decode()
         if token in self._special or not self._bytes(token):
             return ""
         try:

@@ -12,12 +12,11 @@ class StopStrings:
     the beginning of one is held back until it is clear, so the result does not depend on how the text is cut.
     """
 
-    __slots__ = ("_held", "_include", "_longest", "_stops", "matched")
+    __slots__ = ("_held", "_include", "_stops", "matched")
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         """`include`: the stop string is part of the text. No stop string may be empty."""
         self._stops = tuple(stops)
-        self._longest = max(map(len, self._stops))
         self._include = include
         self._held = ""
         self.matched: str | None = None
@@ -33,7 +32,7 @@ class StopStrings:
             end, start, self.matched = min(found)
             self._held = ""
             return text[: end if self._include else start]
-        hold = self._possible_start(text)
+        hold = held_length(text, self._stops)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
 
@@ -42,10 +41,11 @@ class StopStrings:
         text, self._held = self._held, ""
         return text
 
-    def _possible_start(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
-        for length in range(min(self._longest - 1, len(text)), 0, -1):
-            tail = text[-length:]
-            if any(stop.startswith(tail) for stop in self._stops):
-                return length
-        return 0
+
+def held_length(text: str, marks: Sequence[str]) -> int:
+    """Length of the longest end of `text` that may be the beginning of one of `marks`."""
+    for length in range(min(max(map(len, marks)) - 1, len(text)), 0, -1):
+        tail = text[-length:]
+        if any(mark.startswith(tail) for mark in marks):
+            return length
+    return 0

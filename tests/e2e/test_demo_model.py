@@ -89,7 +89,8 @@ def test_a_second_turn_finds_the_first_ones_blocks(service: Deployment) -> None:
 
 def test_json_has_the_asked_keys_and_values(service: Deployment) -> None:
     completion = answer(
-        service, user("The owner is Mirel. The size is 42. The colour is red. Answer in JSON with the keys size and owner.")
+        service,
+        user("The owner is Mirel. The size is 42. The colour is red. Answer in JSON with the keys size and owner."),
     )
 
     assert json.loads(said(completion)) == {"size": 42, "owner": "Mirel"}

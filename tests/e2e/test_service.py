@@ -130,7 +130,12 @@ def test_logprobs_and_echo_agree_with_each_other(service: Deployment) -> None:
 def test_a_first_token_that_stops_ends_the_request_everywhere(service: Deployment, choices: int) -> None:
     """The prefill worker has the whole answer; what the decode worker was to fetch is let go of."""
     answer = service.client.completions.create(
-        model=service.model_name, prompt=[71] * 50, max_tokens=9, temperature=0, logit_bias={END_OF_TURN: 100}, n=choices
+        model=service.model_name,
+        prompt=[71] * 50,
+        max_tokens=9,
+        temperature=0,
+        logit_bias={END_OF_TURN: 100},
+        n=choices,
     )
     assert [(c.text, c.finish_reason) for c in answer.choices] == [("", "stop")] * choices
     assert answer.usage is not None

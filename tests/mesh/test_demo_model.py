@@ -51,7 +51,15 @@ def test_it_is_small_and_its_card_states_each_figure_with_its_count() -> None:
     assert sum(p.stat().st_size for p in DEMO_MODEL.glob("*.safetensors")) <= MAX_WEIGHTS_BYTES
     assert json.loads((DEMO_MODEL / "config.json").read_text())["max_position_embeddings"] >= 4096
     card = (DEMO_MODEL / "README.md").read_text()
-    for figure in ("recall at 3,500 tokens", "exact copy", "right tool", "no call", "tool's result", "JSON", "ends its"):
+    for figure in (
+        "recall at 3,500 tokens",
+        "exact copy",
+        "right tool",
+        "no call",
+        "tool's result",
+        "JSON",
+        "ends its",
+    ):
         assert re.search(rf"\| [^|\n]*{figure}[^\n]* \d+ of \d+ \|", card), figure
 
 
@@ -94,7 +102,9 @@ def test_transformers_parses_its_calls(tokenizer: Any) -> None:
 def test_transformers_generates_with_it(tokenizer: PreTrainedTokenizerBase) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
     question = [{"role": "user", "content": "My name is Mirel. What is my name?"}]
-    prompt: Any = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt: Any = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     output = model.generate(**prompt, max_new_tokens=20, do_sample=False)
     text = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
     assert text == "Your name is Mirel.<|im_end|>"

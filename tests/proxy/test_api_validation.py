@@ -264,13 +264,6 @@ def test_completions_refuse_what_they_would_have_to_ignore(fields: dict[str, Any
     assert (error["code"], error["param"]) == ("unsupported_parameter", param)
 
 
-@pytest.mark.parametrize("choice", [None, "auto", "required", {"type": "function", "function": {"name": "f"}}])
-def test_tools_that_could_be_called_are_refused(choice: Any) -> None:
-    tool = {"type": "function", "function": {"name": "f"}}
-    error = Api().chat_error(400, tools=[tool], tool_choice=choice)
-    assert (error["code"], error["param"]) == ("unsupported_parameter", "tools")
-
-
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
 def test_other_content_parts_are_refused(kind: str) -> None:
     error = Api().chat_error(400, messages=[{"role": "user", "content": [{"type": kind}]}])

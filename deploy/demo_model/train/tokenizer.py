@@ -85,6 +85,23 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
 """
 
+RESPONSE_TEMPLATE: dict[str, Any] = {
+    "version": 1,
+    "defaults": {"role": "assistant"},
+    "start_anchor": f"{IM_START}assistant\n",
+    "fields": {
+        "content": {"close": IM_END, "content": "text"},
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close": "</tool_call>",
+            "content": "json",
+            "repeats": True,
+            "transform": {"type": "function", "function": "{content}"},
+        },
+    },
+}
+"""How transformers reads an answer (`tokenizer.parse_response`)."""
+
 
 def make_tokenizer(texts: Iterator[str], vocabulary: int = VOCABULARY) -> Tokenizer:
     """Byte-level BPE over `texts`."""
@@ -126,8 +143,8 @@ def _texts(seed: int, count: int) -> Iterator[str]:
         yield "system\nuser\nassistant\ntool\n, optional"
 
 
-def tokenizer_config(response_template: dict[str, Any] | None) -> dict[str, Any]:
-    config = {
+def tokenizer_config() -> dict[str, Any]:
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": CONTEXT,
         "bos_token": BOS,
@@ -136,14 +153,14 @@ def tokenizer_config(response_template: dict[str, Any] | None) -> dict[str, Any]
         "additional_special_tokens": [IM_START],
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
+        "response_template": RESPONSE_TEMPLATE,
     }
-    return config | ({"response_template": response_template} if response_template else {})
 
 
-def write(folder: Path, response_template: dict[str, Any] | None = None) -> None:
+def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     make_tokenizer(_texts(1, 40_000)).save(str(folder / "tokenizer.json"))
-    config = json.dumps(tokenizer_config(response_template), indent=2, ensure_ascii=False)
+    config = json.dumps(tokenizer_config(), indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
 
 
