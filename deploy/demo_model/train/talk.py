@@ -324,7 +324,7 @@ def _odd_characters(words: Words, size: int) -> str:
             parts.append("".join(rng.choice(_RARE) for _ in range(rng.randint(1, 2))))
             left -= 4
         parts.append(words.pick("", " ", " "))
-    return "".join(parts).strip()
+    return "".join(parts).strip(' "') or words.word()
 
 
 def copy(words: Words, size: int | None = None) -> Exchange:

@@ -195,8 +195,11 @@ def lookup(words: Words) -> Tool:
         make = words.thing
     else:
         noun, make, prep = rng.choice(_IDS), words.code, words.pick("of", "for", "of")
-    if rng.random() < 0.15:
-        noun = words.word()
+    draw = rng.random()
+    if draw < 0.4:
+        noun = words.key()
+    elif draw < 0.5:
+        noun = f"{noun}_{words.pick('name', 'id', words.word())}"
     shown = noun.replace("_", " ")
     article = indefinite(shown)
     verb = words.pick("get", "get", "find", "look up", "fetch", "check", "read", "show")
@@ -265,12 +268,14 @@ class Slot:
     make: Callable[[], Argument]
 
 
-def _slot(words: Words) -> Slot:
-    """A parameter of any kind; a request names it or the preposition gives it away."""
+def _slot(words: Words, only: bool) -> Slot:
+    """A parameter of any kind; a request names it, or the preposition gives it away, or it is the only one."""
     rng = words.rng
     draw = rng.random()
+    other = words.key()
     if draw < 0.22:
         name = words.pick("recipient", "to", "contact", "person", "guest", "name", "receiver")
+        name = other if only and rng.random() < 0.6 else name
         return Slot(
             Parameter(name, "string", words.pick("", "Who gets it.", "The person.")),
             words.pick("for {}", "to {}"),
@@ -278,27 +283,30 @@ def _slot(words: Words) -> Slot:
         )
     if draw < 0.38:
         name = words.pick("place", "destination", "city", "location", "target")
+        name = other if only and rng.random() < 0.6 else name
         return Slot(
             Parameter(name, "string", words.pick("", "The place.")),
             words.pick("in {}", "at {}", "near {}"),
             words.place,
         )
     if draw < 0.5:
-        name = words.pick("count", "quantity", "people", "number", "amount", "copies")
+        name = words.pick("count", "quantity", "people", "number", "amount", "copies", other)
         said = f"with {name} {{}}"
         return Slot(Parameter(name, "integer", words.pick("", "How many.")), said, lambda: rng.randint(1, 99))
     if draw < 0.62:
         name = words.pick("text", "message", "note", "title", "subject", "comment")
+        name = other if only and rng.random() < 0.5 else name
         said = words.pick(f"with the {name} '{{}}'", "saying '{}'", f'with {name} "{{}}"')
         return Slot(Parameter(name, "string", words.pick("", f"The {name}.")), said, lambda: _text(words))
     if draw < 0.7:
         name = words.pick("time", "when", "hour", "start")
+        name = other if only and rng.random() < 0.5 else name
         said = words.pick("at {}", f"with {name} {{}}")
         return Slot(
             Parameter(name, "string", ""), said, lambda: f"{rng.randint(0, 23):02d}:{rng.choice((0, 15, 30, 45)):02d}"
         )
     if draw < 0.75:
-        name = words.pick("tags", "items", "names")
+        name = words.pick("tags", "items", "names", other)
         make: Callable[[], Argument] = lambda: words.distinct(rng.randint(1, 3), words.word)  # noqa: E731
         return Slot(Parameter(name, "array", ""), f"with the {name} {{}}", make)
     name = words.key()
@@ -350,11 +358,13 @@ def action(words: Words) -> Tool:
         )
     )
     slots: dict[str, Slot] = {}
-    for _ in range(rng.choices((0, 1, 2, 3), (0.08, 0.42, 0.38, 0.12))[0]):
-        slot = _slot(words)
+    count = rng.choices((0, 1, 2, 3), (0.08, 0.42, 0.38, 0.12))[0]
+    for _ in range(count):
+        slot = _slot(words, count == 1)
         slots.setdefault(slot.parameter.name, slot)
     prepositions = [s.said.split()[0] for s in slots.values() if s.said.split()[0] != "with"]
-    if len(set(prepositions)) < len(prepositions):
+    people = [s for s in slots.values() if s.make == words.name]
+    if len(set(prepositions)) < len(prepositions) or len(people) > 1:
         return action(words)  # two slots could not be told apart
     article = words.pick(indefinite(thing), "the")
     name = _styled(words, [verb, thing])
@@ -370,17 +380,23 @@ def action(words: Words) -> Tool:
         said = [s.said.format(_spoken(arguments[s.parameter.name])) for s in slots.values()]
         rng.shuffle(said)
         request = " ".join([f"{verb.capitalize()} {words.pick(indefinite(thing), 'the', article)} {thing}", *said])
-        key = words.pick("id", "status", "state", "reference", "number", "confirmation", "code")
+        key = words.pick(
+            "id", "status", "state", "reference", "number", "confirmation", "code", words.key(), words.key()
+        )
+        said_key = key.replace("_", " ")
         value = words.pick("ok", "done", "sent", "accepted", words.code(), words.number(rng.randint(2, 5)))
         shape = rng.randrange(3)
         if shape == 0:
-            return Use(request, arguments, dumped(words, {key: _as_json(value)}), f"Done. The {key} is {value}.")
+            return Use(request, arguments, dumped(words, {key: _as_json(value)}), f"Done. The {said_key} is {value}.")
         if shape == 1:
             other = words.key()
             second = value_for(words)
             found = dumped(words, {key: _as_json(value), other: _as_json(second)})
             return Use(
-                request, arguments, found, f"Done. The {key} is {value} and the {other.replace('_', ' ')} is {second}."
+                request,
+                arguments,
+                found,
+                f"Done. The {said_key} is {value} and the {other.replace('_', ' ')} is {second}.",
             )
         return Use(request, arguments, words.pick("ok", "done", "success", "true", "OK"), "Done.")
 

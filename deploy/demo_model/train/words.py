@@ -201,7 +201,7 @@ class Words:
 
     def attribute(self) -> str:
         """What a person can have a value of."""
-        return self.one_of(ATTRIBUTES, 0.3)
+        return self.one_of(ATTRIBUTES, 0.45)
 
     def thing(self) -> str:
         return self.one_of(THINGS, 0.4)
