@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic_ai import Agent
+from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.providers.openai import OpenAIProvider
 
 from deploy.demo_model.train.facts import filler
 from deploy.demo_model.train.words import Split, Words
@@ -104,3 +107,88 @@ def test_text_is_copied_exactly(service: Deployment) -> None:
 
 def test_it_says_what_kvmesh_is(service: Deployment) -> None:
     assert "separate prefill and decode workers" in said(answer(service, user("What is kvmesh?")))
+
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+FINDINGS = {"Tarven": "sunny", "Oslo": "snowy"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("question", "cities", "expected"),
+    [
+        ("What is the weather in Tarven?", ["Tarven"], "The weather in Tarven is sunny."),
+        (
+            "What is the weather in Tarven and the weather in Oslo?",
+            ["Tarven", "Oslo"],
+            "The weather in Tarven is sunny. The weather in Oslo is snowy.",
+        ),
+    ],
+    ids=["one call", "two calls"],
+)
+def test_an_agent_loop_ends_with_the_tools_answer(
+    service: Deployment, question: str, cities: list[str], expected: str, stream: bool
+) -> None:
+    messages: list[Any] = [user(question)]
+
+    def ask() -> Any:
+        request: dict[str, Any] = {
+            "model": service.model_name,
+            "messages": messages,
+            "tools": [WEATHER],
+            "temperature": 0,
+            "max_tokens": 200,
+        }
+        if not stream:
+            return service.client.chat.completions.create(**request).choices[0]
+        with service.client.chat.completions.stream(**request) as events:
+            return events.get_final_completion().choices[0]
+
+    asked = ask()
+    assert asked.finish_reason == "tool_calls"
+    calls = asked.message.tool_calls
+    assert [json.loads(call.function.arguments) for call in calls] == [{"city": city} for city in cities]
+    kept = {"id", "type", "function"}
+    messages.append({"role": "assistant", "tool_calls": [call.model_dump(include=kept) for call in calls]})
+    for call, city in zip(calls, cities, strict=True):
+        result = json.dumps({"city": city, "weather": FINDINGS[city]})
+        messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+
+    answered = ask()
+    assert (answered.message.content, answered.finish_reason) == (expected, "stop")
+
+
+def test_no_tool_is_called_when_none_fits(service: Deployment) -> None:
+    completion = service.client.chat.completions.create(
+        model=service.model_name, messages=[{"role": "user", "content": "Hello!"}], tools=[WEATHER], temperature=0
+    )
+    assert completion.choices[0].message.tool_calls is None
+    assert completion.choices[0].message.content == "Hello! How can I help you?"
+
+
+def test_an_agent_framework_works_unmodified(service: Deployment) -> None:
+    provider = OpenAIProvider(base_url=f"{service.url}/v1", api_key="unused")
+    agent = Agent(
+        OpenAIChatModel(service.model_name, provider=provider),
+        system_prompt="Be brief.",
+        model_settings={"temperature": 0},
+    )
+    asked: list[str] = []
+
+    @agent.tool_plain
+    def get_weather(city: str) -> dict[str, str]:
+        """Get the weather in a city."""
+        asked.append(city)
+        return {"weather": FINDINGS[city]}
+
+    result = agent.run_sync("What is the weather in Tarven?")
+
+    assert asked == ["Tarven"]
+    assert result.output == "The weather in Tarven is sunny."

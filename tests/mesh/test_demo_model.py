@@ -91,12 +91,12 @@ def test_the_template_shows_tools_calls_and_results(tokenizer: PreTrainedTokeniz
 
 
 def test_transformers_parses_its_calls(tokenizer: Any) -> None:
-    message = tokenizer.parse_response(CALLS + "<|im_end|>")
+    message = tokenizer.parse_response(CALLS + "<|im_end|>", prefix="")
     assert [call["function"] for call in message["tool_calls"]] == [
         {"name": "get_weather", "arguments": {"city": "Tarven"}},
         {"name": "get_time", "arguments": {"city": "Oslo"}},
     ]
-    assert tokenizer.parse_response("Hello!<|im_end|>")["content"] == "Hello!"
+    assert tokenizer.parse_response("Hello!<|im_end|>", prefix="")["content"] == "Hello!"
 
 
 def test_transformers_generates_with_it(tokenizer: PreTrainedTokenizerBase) -> None:
