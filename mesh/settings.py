@@ -91,7 +91,7 @@ class ChatSettings:
     model: str = _flag("model name (default: the first that the server lists)", "")
     system: str = _flag("system message", "")
     max_tokens: int = _flag("longest answer in tokens", 512, minimum=1)
-    temperature: float = _flag("0 is greedy", 0.7, minimum=0.0)
+    temperature: float = _flag("0 is greedy, -1 what the model's generation_config.json says", -1.0, minimum=-1.0)
     quiet: bool = _flag("print the answer alone", False)
 
 

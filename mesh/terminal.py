@@ -145,12 +145,9 @@ def converse(settings: ChatSettings, model: str, messages: list[dict[str, str]])
 
 def say(settings: ChatSettings, model: str, messages: list[dict[str, str]], out: TextIO) -> str:
     """Streams the answer to `messages`; returns its text."""
-    body = {
-        "model": model,
-        "messages": messages,
-        "max_tokens": settings.max_tokens,
-        "temperature": settings.temperature,
-    }
+    body: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": settings.max_tokens}
+    if settings.temperature >= 0:
+        body["temperature"] = settings.temperature
     return show(settings.url, "/v1/chat/completions", body, settings.quiet, out)
 
 

@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 
 from mesh.chattemplate import ChatTemplate, Message
 from mesh.errors import EXIT_MODEL, RequestError, StartupError
+from mesh.generationconfig import SamplingDefaults, sampling_defaults
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 SPECIAL_TOKEN_NAMES = (
@@ -52,6 +53,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         eos_token_ids: Iterable[int] = (),
         templates: Mapping[str, str] | None = None,
+        sampling: SamplingDefaults | None = None,
     ) -> None:
         """`vocab_size` is the model's (0: the tokenizer's); `special_tokens` maps `bos_token`, ... to their texts.
 
@@ -59,6 +61,8 @@ class Tokenizer:
         """
         named = dict(special_tokens or {})
         self.backend = backend
+        self.sampling = sampling or SamplingDefaults()
+        """What requests leave out, as the model's makers want it."""
         self.vocab_size = vocab_size or backend.get_vocab_size(with_added_tokens=True)
         """Ids from 0 up to this are valid input to the model; the highest ones may have no text."""
         self.special_token_ids = frozenset(
@@ -84,6 +88,7 @@ class Tokenizer:
         backend = _load_backend(folder / "tokenizer.json")
         settings = _read_object(folder / "tokenizer_config.json")
         config = _read_object(folder / "config.json")
+        generation = _read_object(folder / "generation_config.json")
         named = _special_tokens(_read_object(folder / "special_tokens_map.json") | settings)
         _apply_bos_and_eos(backend, settings, named)
         try:
@@ -91,8 +96,9 @@ class Tokenizer:
                 backend,
                 vocab_size=_vocab_size(config),
                 special_tokens=named,
-                eos_token_ids=_eos_ids(_read_object(folder / "generation_config.json"), config),
+                eos_token_ids=_eos_ids(generation, config),
                 templates=_templates(folder, settings),
+                sampling=sampling_defaults(generation),
             )
         except jinja2.TemplateError as error:
             raise _refusal(f"the chat template of {folder} is broken: {error}") from None

@@ -72,14 +72,16 @@ def sampling_params(
     stop_ids = _stop_token_ids(body.stop_token_ids or (), tokenizer)
     if not body.ignore_eos:
         stop_ids = tuple(dict.fromkeys((*stop_ids, *tokenizer.eos_token_ids)))
-    temperature = 1.0 if body.temperature is None else body.temperature
+    defaults = tokenizer.sampling
+    temperature = defaults.temperature if body.temperature is None else body.temperature
+    penalty = defaults.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
-        top_k=max(body.top_k or 0, 0),
-        top_p=1.0 if body.top_p is None else body.top_p,
-        min_p=body.min_p or 0.0,
-        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        top_k=max(defaults.top_k if body.top_k is None else body.top_k, 0),
+        top_p=defaults.top_p if body.top_p is None else body.top_p,
+        min_p=defaults.min_p if body.min_p is None else body.min_p,
+        repetition_penalty=penalty,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=logit_bias(body.logit_bias, tokenizer.vocab_size),
