@@ -267,11 +267,11 @@ def two_calls(words: Words, tools: Sequence[Tool], chosen: Tool) -> tuple[str, l
 
 
 BUILDERS: tuple[tuple[str, Builder, float], ...] = (
-    ("chat", chat, 0.12),
-    ("recall", recall, 0.3),
+    ("chat", chat, 0.17),
+    ("recall", recall, 0.28),
     ("copy", copying, 0.16),
-    ("json", structured, 0.08),
-    ("tools", calling, 0.34),
+    ("json", structured, 0.09),
+    ("tools", calling, 0.3),
 )
 
 

@@ -92,7 +92,7 @@ class Recipe:
     muon_decay: float = 0.05
     adam_rate: float = 0.004
     warmup: int = 60
-    decay: float = 0.3
+    decay: float = 0.9
     clip: float = 1.0
     micro_tokens: int = 4096
     pad: int = 0
@@ -496,7 +496,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--muon-decay", type=float, default=recipe.muon_decay, help="weight decay of matrices (0.05)")
     add("--adam-rate", type=float, default=recipe.adam_rate, help="learning rate of embeddings and gains (0.004)")
     add("--warmup", type=int, default=recipe.warmup, help="steps (60)")
-    add("--decay", type=float, default=recipe.decay, help="share of the plan in which the rate falls (0.3)")
+    add("--decay", type=float, default=recipe.decay, help="share of the plan in which the rate falls (0.9)")
     add("--clip", type=float, default=recipe.clip, help="largest gradient norm (1)")
     add("--micro-tokens", type=int, default=recipe.micro_tokens, help="positions of a forward pass (4096)")
     add("--checkpoint-minutes", type=float, default=3.0)
