@@ -34,7 +34,7 @@ MESSAGES: list[dict[str, Any]] = [
     {"role": "tool", "content": "10:30"},
 ]
 CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "The city."}}, "required": ["city"]}
-TOOLS = [
+TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "get_weather", "description": "Get the weather.", "parameters": CITY}},
     {"type": "function", "function": {"name": "get_time", "description": "", "parameters": {"type": "object"}}},
 ]

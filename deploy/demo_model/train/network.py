@@ -123,7 +123,7 @@ class Attention(nn.Module):
         """[rows, length, hidden] -> same."""
         s = self.shape
         weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
-        heads = linear(x, weight, dtype).unflatten(-1, (-1, s.head_dim)).transpose(1, 2)
+        heads = linear(x, weight, dtype).view(*x.shape[:2], -1, s.head_dim).transpose(1, 2)
         q, k, v = heads.split((s.heads, s.kv_heads, s.kv_heads), 1)
         q = rotate(self.q_norm(q), places.cos, places.sin) * s.head_dim**-0.5
         k = rotate(self.k_norm(k), places.cos, places.sin)
@@ -158,7 +158,8 @@ class Layer(nn.Module):
 def layer_forward(layer: Layer, x: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
     """[rows, length, hidden] float32 -> same. A function, so that all layers share what is compiled."""
     x = x + layer.self_attn(layer.input_layernorm(x), places, dtype)
-    return x + layer.mlp(layer.post_attention_layernorm(x), dtype)
+    changed: Tensor = x + layer.mlp(layer.post_attention_layernorm(x), dtype)
+    return changed
 
 
 def logit_gradient(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,7 +250,8 @@ class Network(nn.Module):
         x = self.embed_tokens(ids)
         for layer in self.layers:
             x = self._layer(layer, x, places, self.dtype)
-        return self.norm(x).to(self.dtype)
+        states: Tensor = self.norm(x)
+        return states.to(self.dtype)
 
     def logits(self, ids: Tensor) -> Tensor:
         """[rows, length] -> [rows, length, vocab]."""
