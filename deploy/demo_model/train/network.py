@@ -79,7 +79,11 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor
     if length % size:
         raise ValueError(f"a row of {length} tokens is not a multiple of {size}")
     blocks = length // size
-    queries = q.unflatten(3, (blocks, size)).permute(3, 0, 1, 2, 4, 5).reshape(blocks, -1, group * size, dim)
+    queries = (
+        q.reshape(rows, kv_heads, group, blocks, size, dim)
+        .permute(3, 0, 1, 2, 4, 5)
+        .reshape(blocks, -1, group * size, dim)
+    )
     keys, values = k.reshape(-1, length, dim), v.reshape(-1, length, dim)
     outputs = []
     for i in range(blocks):
@@ -123,8 +127,8 @@ class Attention(nn.Module):
         """[rows, length, hidden] -> same."""
         s = self.shape
         weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
-        heads = linear(x, weight, dtype).view(*x.shape[:2], -1, s.head_dim).transpose(1, 2)
-        q, k, v = heads.split((s.heads, s.kv_heads, s.kv_heads), 1)
+        heads = linear(x, weight, dtype).reshape(*x.shape[:2], -1, s.head_dim).transpose(1, 2)
+        q, k, v = torch.split(heads, [s.heads, s.kv_heads, s.kv_heads], 1)
         q = rotate(self.q_norm(q), places.cos, places.sin) * s.head_dim**-0.5
         k = rotate(self.k_norm(k), places.cos, places.sin)
         q = q.unflatten(1, (s.kv_heads, -1))
