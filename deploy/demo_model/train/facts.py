@@ -54,7 +54,7 @@ def value_for(words: Words) -> str:
         return words.name()
     if draw < 0.9:
         return words.word()
-    return words.one_of(words.rng.choice((COLOURS, FOODS, ANIMALS, THINGS)), 0.2)
+    return words.one_of(words.rng.choice((COLOURS, FOODS, ANIMALS, THINGS)), 0.4)
 
 
 def attribute_fact(words: Words, name: str | None = None, attribute: str | None = None) -> Fact:
@@ -89,11 +89,11 @@ def own_fact(words: Words) -> Fact:
         age = str(words.rng.randint(2, 99))
         return Fact(f"I am {age} years old.", "How old am I?", f"You are {age} years old.", age, "my age", "age")
     if draw < 0.2:
-        job = words.one_of(JOBS, 0.3)
+        job = words.one_of(JOBS, 0.5)
         asked = words.pick("What is my job?", "What do I work as?")
         return Fact(f"I work as a {job}.", asked, f"You work as a {job}.", job, "my job", "job")
     if draw < 0.27:
-        liked = words.one_of(words.rng.choice((FOODS, ANIMALS, THINGS)), 0.4)
+        liked = words.one_of(words.rng.choice((FOODS, ANIMALS, THINGS)), 0.5)
         return Fact(f"I like {liked}.", "What do I like?", f"You like {liked}.", liked, "my taste", "taste")
     attribute = "name" if words.rng.random() < 0.3 else words.attribute()
     value = words.name() if attribute == "name" else value_for(words)
@@ -122,7 +122,7 @@ def _home(words: Words) -> Fact:
 
 
 def _job(words: Words) -> Fact:
-    name, job = words.name(), words.one_of(JOBS, 0.2)
+    name, job = words.name(), words.one_of(JOBS, 0.5)
     said = words.pick(f"{name} works as a {job}.", f"{name} is a {job}.")
     asked = words.pick(f"What does {name} work as?", f"What is {name}'s job?", f"Which job does {name} have?")
     return Fact(said, asked, f"{name} works as a {job}.", job, name + "job", "job")
@@ -154,8 +154,8 @@ def _code(words: Words) -> Fact:
 
 def _location(words: Words) -> Fact:
     thing = words.thing()
-    described = f"{words.one_of(COLOURS, 0.1)} {thing}" if words.rng.random() < 0.4 else thing
-    room = f"in the {words.one_of(ROOMS, 0.4)}" if words.rng.random() < 0.6 else f"in {words.place()}"
+    described = f"{words.one_of(COLOURS, 0.4)} {thing}" if words.rng.random() < 0.4 else thing
+    room = f"in the {words.one_of(ROOMS, 0.5)}" if words.rng.random() < 0.6 else f"in {words.place()}"
     said = words.pick(f"The {described} is {room}.", f"You will find the {described} {room}.")
     asked = words.pick(f"Where is the {described}?", f"Where can I find the {described}?")
     return Fact(said, asked, f"The {described} is {room}.", room.split()[-1], described + "place", "place")
@@ -163,7 +163,7 @@ def _location(words: Words) -> Fact:
 
 def _owner(words: Words) -> Fact:
     thing, name = words.thing(), words.name()
-    described = f"{words.one_of(COLOURS, 0.1)} {thing}" if words.rng.random() < 0.4 else thing
+    described = f"{words.one_of(COLOURS, 0.4)} {thing}" if words.rng.random() < 0.4 else thing
     said = words.pick(f"The {described} belongs to {name}.", f"{name} owns the {described}.")
     asked = words.pick(f"Who owns the {described}?", f"Whose is the {described}?")
     return Fact(said, asked, f"The {described} belongs to {name}.", name, described + "owner", "owner")
@@ -183,7 +183,7 @@ def _number(words: Words) -> Fact:
 
 
 def _colour(words: Words) -> Fact:
-    name, thing, colour = words.name(), words.thing(), words.one_of(COLOURS, 0.2)
+    name, thing, colour = words.name(), words.thing(), words.one_of(COLOURS, 0.4)
     said = words.pick(f"{name}'s {thing} is {colour}.", f"{name} has a {colour} {thing}.")
     asked = words.pick(f"What colour is {name}'s {thing}?", f"Which colour does {name}'s {thing} have?")
     return Fact(said, asked, f"{name}'s {thing} is {colour}.", colour, name + thing, "colour")

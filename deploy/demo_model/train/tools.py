@@ -144,7 +144,7 @@ def _measure(words: Words) -> str:
     if draw < 0.3:
         return value_for(words)
     if draw < 0.5:
-        return words.one_of(FINDINGS, 0.2)
+        return words.one_of(FINDINGS, 0.5)
     number = words.number(rng.randint(1, 5)) if rng.random() < 0.7 else f"{rng.randint(0, 99)}.{rng.randint(1, 9)}"
     return words.pick(
         number,
@@ -252,9 +252,9 @@ def _text(words: Words) -> str:
         f"please call {words.name()}",
         f"I am in {words.place()}",
         f"happy birthday {words.name()}",
-        f"we need more {words.one_of(FOODS, 0.3)}",
+        f"we need more {words.one_of(FOODS, 0.5)}",
         f"{words.word()} {words.word()}",
-        f"buy {words.one_of(FOODS, 0.3)} and {words.one_of(FOODS, 0.3)}",
+        f"buy {words.one_of(FOODS, 0.5)} and {words.one_of(FOODS, 0.5)}",
     )
 
 

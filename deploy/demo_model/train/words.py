@@ -127,6 +127,7 @@ _REAL = [
     for word in known
     if word.isalpha()
 ]
+_PARTS = sorted({part for topic in TOPICS for part in topic.split()})
 _ONSETS = listed(
     "b br c ch cl d dr f fl g gl gr h j k kl kr l m n p pl pr qu r s sh sk sl sm sn sp st str t th tr v w x y z"
 )
@@ -190,21 +191,23 @@ class Words:
 
     def topic(self) -> str:
         """Something that a tool can tell, of one or two words."""
-        topic = self.one_of(TOPICS, 0.45)
+        if self.rng.random() < 0.2:
+            return self.fresh(lambda: " ".join(self.rng.sample(_PARTS, 2)))
+        topic = self.one_of(TOPICS, 0.5)
         return f"{self.rng.choice(ADJECTIVES)} {topic}" if self.rng.random() < 0.15 else topic
 
     def key(self) -> str:
         """Of a JSON object: one word, or several with underscores."""
         if self.rng.random() < 0.15:
             return self.fresh(lambda: f"{self._spelled()}_{self.any_of(KEYS)}")
-        return self.one_of(KEYS, 0.45)
+        return self.one_of(KEYS, 0.55)
 
     def attribute(self) -> str:
         """What a person can have a value of."""
         return self.one_of(ATTRIBUTES, 0.45)
 
     def thing(self) -> str:
-        return self.one_of(THINGS, 0.4)
+        return self.one_of(THINGS, 0.5)
 
     def pick(self, *choices: str) -> str:
         return self.rng.choice(choices)
