@@ -33,6 +33,11 @@ class Encoder:
         self._start = self._tokenizer.encode(f"{IM_START}assistant\n", add_special_tokens=False)
         self._end = self._tokenizer.convert_tokens_to_ids(IM_END)
 
+    def pieces(self) -> list[str]:
+        """The tokens that consist of small letters."""
+        vocabulary = self._tokenizer.get_vocab()
+        return sorted(token for token in vocabulary if token.isascii() and token.isalpha() and token.islower())
+
     def encode(self, made: Conversation) -> Example:
         text = self._tokenizer.apply_chat_template(made.messages, tools=made.tools or None, tokenize=False)
         ids = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
@@ -53,7 +58,7 @@ class Encoder:
 def examples(seed: int, length: int, folder: Path = MODEL_DIR) -> Iterator[Example]:
     """Endless and the same for the same seed; none is longer than `length` (what is too long is cut)."""
     encoder = Encoder(folder)
-    words = Words(random.Random(seed), Split.TRAIN)
+    words = Words(random.Random(seed), Split.TRAIN, encoder.pieces())
     while True:
         example = encoder.encode(conversation(words, length))
         if any(example.trained[:length]):

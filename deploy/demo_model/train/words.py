@@ -140,9 +140,11 @@ _CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 class Words:
     """Draws words of one split; the same words for the same random state."""
 
-    def __init__(self, rng: random.Random, split: Split) -> None:
+    def __init__(self, rng: random.Random, split: Split, pieces: Sequence[str] = ()) -> None:
+        """`pieces`: tokens of small letters. Words made of them have the model write each of its tokens."""
         self.rng = rng
         self.split = split
+        self._pieces = pieces
         self._ours: dict[int, list[str]] = {}
         """The part of each closed list, by its identity, that belongs to the split."""
 
@@ -198,8 +200,11 @@ class Words:
 
     def key(self) -> str:
         """Of a JSON object: one word, or several with underscores."""
-        if self.rng.random() < 0.15:
+        draw = self.rng.random()
+        if draw < 0.1:
             return self.fresh(lambda: f"{self._spelled()}_{self.any_of(KEYS)}")
+        if draw < 0.2:
+            return self.fresh(lambda: f"{self._spelled()}_{self._spelled()}")
         return self.one_of(KEYS, 0.55)
 
     def attribute(self) -> str:
@@ -222,9 +227,11 @@ class Words:
     def _spelled(self) -> str:
         rng = self.rng
         draw = rng.random()
-        if draw < 0.1:
+        if draw < 0.25 and self._pieces:
+            return "".join(rng.choice(self._pieces) for _ in range(rng.randint(1, 3)))
+        if draw > 0.92:
             return "".join(rng.choice(_LETTERS) for _ in range(rng.randint(3, 8)))
-        if draw < 0.4:
+        if draw < 0.5:
             return self._mended()
         syllables = rng.choices((1, 2, 3), (0.1, 0.6, 0.3))[0]
         return "".join(self._syllable() for _ in range(syllables))
