@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from openai import AsyncOpenAI
 from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
@@ -174,21 +176,18 @@ def test_no_tool_is_called_when_none_fits(service: Deployment) -> None:
 
 
 def test_an_agent_framework_works_unmodified(service: Deployment) -> None:
-    provider = OpenAIProvider(base_url=f"{service.url}/v1", api_key="unused")
-    agent = Agent(
-        OpenAIChatModel(service.model_name, provider=provider),
-        system_prompt="Be brief.",
-        model_settings={"temperature": 0},
-    )
     asked: list[str] = []
 
-    @agent.tool_plain
     def get_weather(city: str) -> dict[str, str]:
         """Get the weather in a city."""
         asked.append(city)
         return {"weather": FINDINGS[city]}
 
-    result = agent.run_sync("What is the weather in Tarven?")
+    async def run() -> str:
+        async with AsyncOpenAI(base_url=f"{service.url}/v1", api_key="unused") as client:
+            model = OpenAIChatModel(service.model_name, provider=OpenAIProvider(openai_client=client))
+            agent = Agent(model, system_prompt="Be brief.", tools=[get_weather], model_settings={"temperature": 0})
+            return (await agent.run("What is the weather in Tarven?")).output
 
+    assert asyncio.run(run()) == "The weather in Tarven is sunny."
     assert asked == ["Tarven"]
-    assert result.output == "The weather in Tarven is sunny."
