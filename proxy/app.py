@@ -18,6 +18,7 @@ from proxy.api.health import health_router
 from proxy.api.middleware import Admission, BodyLimit, Edge
 from proxy.api.models import models_router
 from proxy.api.service import Service, unix_now
+from proxy.api.tokenize import tokenize_router
 from proxy.generation import Dispatcher
 from proxy.metrics import ProxyMetrics
 
@@ -61,6 +62,7 @@ def create_app(
     for router in (
         chat_router(service),
         completions_router(service),
+        tokenize_router(service),
         models_router(service),
         health_router(service, door, metrics_text),
     ):

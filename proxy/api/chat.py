@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions."""
+"""POST /v1/chat/completions, and /render: the tokens of its prompt alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mesh.errors import RequestError
 from mesh.tokenizer import Tokenizer
 from proxy.api.answer import Usage
 from proxy.api.errors import unsupported
-from proxy.api.frames import Envelope, Frames
+from proxy.api.frames import Envelope, Frames, json_response, rendered
 from proxy.api.logprobs import chat_entry
 from proxy.api.messages import template_messages
 from proxy.api.sampling import (
@@ -23,11 +23,11 @@ from proxy.api.sampling import (
     text_options,
     token_budget,
 )
-from proxy.api.schemas import ChatBody, openapi_body, validate
+from proxy.api.schemas import ChatBody, ConversationBody, openapi_body
 from proxy.api.service import Service, new_id, unix_now
 from proxy.api.sse import compact
 from proxy.api.submit import answer, submit
-from proxy.api.tools import offered_tools
+from proxy.api.tools import Tools, offered_tools
 from proxy.generation import Chunk, Route
 from proxy.text.choice import Piece
 from proxy.text.toolcalls import ToolCall
@@ -44,13 +44,7 @@ def chat_router(service: Service) -> APIRouter:
     async def create_chat_completion(request: Request) -> Response:
         """Answers a conversation, whole or as a stream of server-sent events."""
         arrived = perf_counter()
-        body = validate(ChatBody, await service.read_json(request))
-        service.check_model(body.model)
-        check_chat(body)
-        tools = offered_tools(body, service.tokenizer)
-        tokens = await _prompt_tokens(service, body)
-        asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        budget = token_budget(asked, len(tokens), service.facts().max_model_len, "messages")
+        body, tools, tokens, budget = await _read(service, request)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         params = sampling_params(body, service.tokenizer, budget, logprobs, None)
         options = text_options(body)
@@ -79,7 +73,23 @@ def chat_router(service: Service) -> APIRouter:
             max_tokens=budget,
         )
 
+    @router.post("/v1/chat/completions/render", openapi_extra=openapi_body(ChatBody))
+    async def render_chat_completion(request: Request) -> Response:
+        """The prompt that a completion of this body would get, as token ids; nothing is generated."""
+        body, _, tokens, _ = await _read(service, request)
+        return json_response(rendered(new_id("chatcmpl"), body.model, tokens))
+
     return router
+
+
+async def _read(service: Service, request: Request) -> tuple[ChatBody, Tools | None, list[int], int]:
+    """The checked body, what the model may call, the prompt and how many tokens may follow it."""
+    body = await service.read(ChatBody, request)
+    check_chat(body)
+    tools = offered_tools(body, service.tokenizer)
+    tokens = await prompt_tokens(service, body)
+    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    return body, tools, tokens, token_budget(asked, len(tokens), service.facts().max_model_len, "messages")
 
 
 def check_chat(body: ChatBody) -> None:
@@ -92,29 +102,30 @@ def check_chat(body: ChatBody) -> None:
     check_min_tokens(body.min_tokens, limit)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
-    if body.continue_final_message and body.add_generation_prompt:
-        raise RequestError(
-            400,
-            "continue_final_message and add_generation_prompt exclude each other.",
-            param="continue_final_message",
-        )
     if (body.model_extra or {}).get("echo"):
         raise unsupported("echo", "it is a parameter of /v1/completions")
 
 
-async def _prompt_tokens(service: Service, body: ChatBody) -> list[int]:
+async def prompt_tokens(service: Service, body: ConversationBody, *, bounded: bool = True) -> list[int]:
+    """Token ids of a conversation; see `Service.encode`. Raises `RequestError` 400."""
     chat = service.tokenizer.chat
     messages = template_messages(body.messages, knows_developer_role=chat is not None and chat.knows_developer_role)
     variables = _template_variables(body)
 
     def encoded() -> list[int]:
         text = service.tokenizer.render_chat(messages, body.tools, **variables)
-        return service.encode(text, special=bool(body.add_special_tokens), param="messages")
+        return service.encode(text, special=bool(body.add_special_tokens), param="messages", bounded=bounded)
 
     return await service.beside(encoded, sum(len(message["content"]) for message in messages))
 
 
-def _template_variables(body: ChatBody) -> dict[str, Any]:
+def _template_variables(body: ConversationBody) -> dict[str, Any]:
+    if body.continue_final_message and body.add_generation_prompt:
+        raise RequestError(
+            400,
+            "continue_final_message and add_generation_prompt exclude each other.",
+            param="continue_final_message",
+        )
     variables = dict(body.chat_template_kwargs or {})
     for name in RESERVED_TEMPLATE_NAMES & variables.keys():
         raise RequestError(400, f"chat_template_kwargs must not set {name}.", param=f"chat_template_kwargs.{name}")

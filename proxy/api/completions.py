@@ -1,4 +1,4 @@
-"""POST /v1/completions."""
+"""POST /v1/completions, and /render: the tokens of its prompts alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mesh.tokenizer import Tokenizer
 from proxy.api.answer import Usage
 from proxy.api.chat import ROUTE_HEADER
 from proxy.api.errors import internal_error, unsupported
-from proxy.api.frames import Envelope, Frames
+from proxy.api.frames import Envelope, Frames, json_response, rendered
 from proxy.api.logprobs import CompletionLogprobs, add_prompt, add_tokens, no_logprobs, prompt_offsets
 from proxy.api.sampling import (
     check_min_tokens,
@@ -25,7 +25,7 @@ from proxy.api.sampling import (
     text_options,
     token_budget,
 )
-from proxy.api.schemas import CompletionBody, openapi_body, validate
+from proxy.api.schemas import CompletionBody, openapi_body
 from proxy.api.service import Service, new_id, unix_now
 from proxy.api.sse import compact
 from proxy.api.submit import answer, submit
@@ -67,16 +67,8 @@ def completions_router(service: Service) -> APIRouter:
     async def create_completion(request: Request) -> Response:
         """Continues one or several prompts, whole or as a stream of server-sent events."""
         arrived = perf_counter()
-        body = validate(CompletionBody, await service.read_json(request))
-        service.check_model(body.model)
-        check_completion(body)
-        facts = service.facts()
-        n, echo = body.n or 1, bool(body.echo)
-        given = given_prompts(body.prompt, n)
-        prompts = await service.beside(lambda: [_prompt(service, body, p) for p in given], sum(map(len, given)))
-        discard = body.max_tokens == 0
-        asked = 1 if discard else body.max_tokens
-        budgets = [token_budget(asked, len(p.tokens), facts.max_model_len, "prompt") for p in prompts]
+        body, prompts, budgets = await _read(service, request)
+        n, echo, discard = body.n or 1, bool(body.echo), body.max_tokens == 0
         params = sampling_params(body, service.tokenizer, max(budgets), body.logprobs, body.logprobs if echo else None)
         options = text_options(body)
         choices = [options.choice(service.tokenizer, p.tokens, len(p.echo)) for p in prompts for _ in range(n)]
@@ -106,7 +98,24 @@ def completions_router(service: Service) -> APIRouter:
             discard_output=discard,
         )
 
+    @router.post("/v1/completions/render", openapi_extra=openapi_body(CompletionBody))
+    async def render_completion(request: Request) -> Response:
+        """The prompts that a completion of this body would get, as token ids; nothing is generated."""
+        body, prompts, _ = await _read(service, request)
+        return json_response([rendered(new_id("cmpl"), body.model, p.tokens) for p in prompts])
+
     return router
+
+
+async def _read(service: Service, request: Request) -> tuple[CompletionBody, list[Prompt], list[int]]:
+    """The checked body, its prompts, and how many tokens may follow each."""
+    body = await service.read(CompletionBody, request)
+    check_completion(body)
+    max_model_len = service.facts().max_model_len
+    given = given_prompts(body.prompt, body.n or 1)
+    prompts = await service.beside(lambda: [_prompt(service, body, p) for p in given], sum(map(len, given)))
+    asked = 1 if body.max_tokens == 0 else body.max_tokens
+    return body, prompts, [token_budget(asked, len(p.tokens), max_model_len, "prompt") for p in prompts]
 
 
 def check_completion(body: CompletionBody) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.responses import Response
+
 from proxy.api.answer import Usage, route_fields
 from proxy.api.schemas import GenerationBody
 from proxy.api.sse import DONE, compact, quoted
@@ -22,6 +24,15 @@ class Envelope:
 
     def object(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+def rendered(id: str, model: str, tokens: Sequence[int]) -> dict[str, Any]:
+    """A prompt without its answer."""
+    return {"request_id": id, "model": model, "token_ids": list(tokens)}
+
+
+def json_response(value: Any) -> Response:
+    return Response(compact(value), media_type="application/json")
 
 
 class Frames:

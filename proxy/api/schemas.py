@@ -144,7 +144,7 @@ ERROR_SCHEMA = {
 }
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-Body = TypeVar("Body", bound="GenerationBody")
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class StreamOptions(BaseModel):
@@ -156,10 +156,28 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(BaseModel):
-    """What chat and plain completions share. None always means: as if not given."""
+class RequestBody(BaseModel):
+    """What every body has. None always means: as if not given."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    model: str | None = None
+
+
+class ConversationBody(RequestBody):
+    """What becomes a prompt by the chat template."""
+
+    messages: Annotated[Any, WithJsonSchema(MESSAGES_SCHEMA)] = None
+    tools: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = Field(None, max_length=32)
+
+
+class GenerationBody(RequestBody):
+    """What chat and plain completions share."""
 
     model: str
     max_tokens: Count | None = None
@@ -184,21 +202,15 @@ class GenerationBody(BaseModel):
     cache_salt: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[^@/\\]*$")
 
 
-class ChatBody(GenerationBody):
+class ChatBody(GenerationBody, ConversationBody):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[Any, WithJsonSchema(MESSAGES_SCHEMA)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    add_special_tokens: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: str | None = Field(None, max_length=32)
 
 
 class CompletionBody(GenerationBody):
@@ -209,6 +221,19 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     best_of: int | None = Field(None, ge=0, le=20)
     add_special_tokens: bool | None = None
+
+
+class TokenizeBody(ConversationBody):
+    """`POST /tokenize`: a text or a conversation."""
+
+    prompt: str | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(RequestBody):
+    """`POST /detokenize`."""
+
+    tokens: list[Count]
 
 
 def validate(kind: type[Body], fields: dict[str, Any]) -> Body:
@@ -240,7 +265,7 @@ def _is_off(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})
 
 
-def openapi_body(kind: type[GenerationBody]) -> dict[str, Any]:
+def openapi_body(kind: type[BaseModel]) -> dict[str, Any]:
     """The body of `kind` and the error object for /openapi.json, without references."""
     schema = kind.model_json_schema()
     definitions = schema.pop("$defs", {})

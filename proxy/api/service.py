@@ -16,6 +16,7 @@ from mesh.settings import ProxySettings
 from mesh.tokenizer import Tokenizer
 from proxy.api.jsonbody import parse_object
 from proxy.api.sampling import context_length_exceeded
+from proxy.api.schemas import RequestBody, validate
 from proxy.generation import Dispatcher, ModelFacts
 from proxy.metrics import ProxyMetrics
 
@@ -28,6 +29,7 @@ NORMALISED = 4
 RETRY_NO_WORKERS_S = 2
 
 T = TypeVar("T")
+Body = TypeVar("Body", bound=RequestBody)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,13 @@ class Service:
     """Silence after which a stream gets a comment line."""
     created: int
     """Unix seconds; the model card's."""
+
+    async def read(self, kind: type[Body], request: Request) -> Body:
+        """The request's body, for a model that is served. Raises `RequestError`."""
+        body = validate(kind, await self.read_json(request))
+        if body.model is not None:
+            self.check_model(body.model)
+        return body
 
     async def read_json(self, request: Request) -> dict[str, Any]:
         """The request's JSON object; raises `RequestError` 400 or 408."""
@@ -77,11 +86,12 @@ class Service:
         """`work()`, which handles about `size` characters; in a thread when that takes noticeable time."""
         return work() if size <= INLINE_CHARS else await asyncio.to_thread(work)
 
-    def encode(self, text: str, *, special: bool, param: str) -> list[int]:
-        """Token ids of a prompt. Raises `RequestError` 400 when there are none, too many or unknown ones."""
+    def encode(self, text: str, *, special: bool, param: str, bounded: bool = True) -> list[int]:
+        """Token ids of a prompt. Raises `RequestError` 400 when there are none, unknown ones or, if `bounded`, far too
+        many."""
         limit = self.facts().max_model_len
         fewest = len(text) // (self.tokenizer.longest_token * NORMALISED)
-        if fewest > limit:  # not worth cutting into tokens
+        if bounded and fewest > limit:  # not worth cutting into tokens
             raise context_length_exceeded(limit, f"more than {fewest}", param)
         ids = self.tokenizer.encode(text, add_special_tokens=special)
         self.check_ids(ids, param)
