@@ -50,7 +50,7 @@ def chat_router(service: Service) -> APIRouter:
         options = text_options(body)
         n = body.n or 1
         choices = [options.choice(service.tokenizer, tokens, tools=tools) for _ in range(n)]
-        envelope = Envelope(new_id("chatcmpl"), unix_now(), service.model_name)
+        envelope = Envelope(new_id("chatcmpl"), unix_now(), body.model)
         usage = Usage(prompt_tokens=len(tokens))
         generations = submit(service, body, envelope.id, [tokens], params, [budget])
         sink: ChatStream | ChatDocument

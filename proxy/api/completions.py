@@ -72,7 +72,7 @@ def completions_router(service: Service) -> APIRouter:
         params = sampling_params(body, service.tokenizer, max(budgets), body.logprobs, body.logprobs if echo else None)
         options = text_options(body)
         choices = [options.choice(service.tokenizer, p.tokens, len(p.echo)) for p in prompts for _ in range(n)]
-        envelope = Envelope(new_id("cmpl"), unix_now(), service.model_name)
+        envelope = Envelope(new_id("cmpl"), unix_now(), body.model)
         usage = Usage(prompt_tokens=sum(len(p.tokens) for p in prompts))
         shape = Shape(tuple(prompts), n, echo, body.logprobs is not None)
         ids = [p.tokens for p in prompts]

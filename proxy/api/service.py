@@ -45,6 +45,8 @@ class Service:
     """Silence after which a stream gets a comment line."""
     created: int
     """Unix seconds; the model card's."""
+    model_names: tuple[str, ...]
+    """What clients may ask for: `model_name` and its aliases."""
 
     async def read(self, kind: type[Body], request: Request) -> Body:
         """The request's body, for a model that is served. Raises `RequestError`."""
@@ -66,7 +68,7 @@ class Service:
         return parse_object(body)
 
     def check_model(self, name: str) -> None:
-        if name != self.model_name:
+        if name not in self.model_names:
             raise RequestError(404, f"The model {name[:100]!r} does not exist.", code="model_not_found", param="model")
 
     def facts(self) -> ModelFacts:
