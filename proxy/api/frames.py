@@ -38,21 +38,21 @@ def json_response(value: Any) -> Response:
 class Frames:
     """Builds the frames of one stream."""
 
-    __slots__ = ("_continuous", "_end", "_head", "_include_usage", "_show_route", "_usage")
+    __slots__ = ("_continuous", "_end", "_include_usage", "_object", "_show_route", "_usage")
 
     def __init__(self, envelope: Envelope, kind: str, body: GenerationBody, usage: Usage, *, show_route: bool) -> None:
         """`show_route`: the last frame tells which workers served, with or without usage."""
         options = body.stream_options
-        self._head = "data: " + compact(envelope.object(kind))[:-1] + ',"choices":['
+        self._object = "data: " + compact(envelope.object(kind))[:-1]
         self._usage = usage
         self._include_usage = options is not None and bool(options.include_usage)
         self._continuous = self._include_usage and options is not None and bool(options.continuous_usage_stats)
         self._show_route = show_route
         self._end = "]" + (',"usage":null' if self._include_usage else "") + "}\n\n"
 
-    def head(self, choice: int, before_text: str) -> str:
-        """All of a frame up to the choice's text; made once per choice."""
-        return f'{self._head}{{"index":{choice},{before_text}'
+    def head(self, choice: int, before_text: str, fields: str = "") -> str:
+        """All of a frame up to the choice's text; made once per choice. `fields`: of the object, as `,"name":value`."""
+        return f'{self._object}{fields},"choices":[{{"index":{choice},{before_text}'
 
     def text(self, head: str, text: str, after_text: str) -> bytes:
         """A frame: prepared head, text, prepared rest of the choice."""
@@ -71,7 +71,7 @@ class Frames:
             fields["kvmesh"] = {**route_fields(routes), "cached_tokens": self._usage.cached_tokens}
         if not fields:
             return DONE
-        return (self._head + "]," + compact(fields)[1:] + "\n\n").encode() + DONE
+        return (self._object + ',"choices":[],' + compact(fields)[1:] + "\n\n").encode() + DONE
 
     def _closing(self) -> str:
         if not self._continuous:

@@ -6,7 +6,7 @@ and ignored. Extras that would change the answer are refused by `refuse_unsuppor
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
@@ -31,9 +31,7 @@ INTERNAL_PARAMETERS = (
 """How other systems hand a transfer around: a client that could write these could read other tenants' blocks."""
 
 UNSUPPORTED_PARAMETERS = (
-    "allowed_token_ids",
     "audio",
-    "bad_words",
     "chat_template",
     "custom_logit_processor",
     "documents",
@@ -52,17 +50,13 @@ UNSUPPORTED_PARAMETERS = (
     "lora_path",
     "no_stop_trim",
     "prompt_embeds",
-    "prompt_logprobs",
     "regex",
     "return_hidden_states",
-    "return_token_ids",
-    "return_tokens_as_token_ids",
     "stop_regex",
     "structural_tag",
     "structured_outputs",
     "suffix",
     "thinking_token_budget",
-    "truncate_prompt_tokens",
     "use_beam_search",
     "web_search_options",
 )
@@ -195,10 +189,17 @@ class GenerationBody(RequestBody):
     stop_token_ids: list[Count] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    allowed_token_ids: list[Count] | None = None
+    bad_words: list[str] | None = None
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_COUNT)
+    truncation_side: Literal["left", "right"] | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[^@/\\]*$")
 
 
