@@ -71,7 +71,7 @@ def chat_router(service: Service) -> APIRouter:
             token_ids=bool(body.return_token_ids),
         )
         choices = [options.choice(service.tokenizer, tokens, tools=tools) for _ in range(shape.n)]
-        envelope = Envelope(new_id("chatcmpl"), unix_now(), body.model)
+        envelope = Envelope(new_id("chatcmpl"), unix_now(), body.model, service.facts().fingerprint)
         usage = Usage(prompt_tokens=len(tokens))
         generations = submit(service, body, envelope.id, [tokens], params, [budget])
         sink: ChatStream | ChatDocument

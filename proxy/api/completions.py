@@ -86,7 +86,7 @@ def completions_router(service: Service) -> APIRouter:
         params = sampling_params(body, service.tokenizer, max(budgets), body.logprobs, max(about_prompt, default=None))
         options = text_options(body)
         choices = [options.choice(service.tokenizer, p.tokens, len(p.echo)) for p in prompts for _ in range(n)]
-        envelope = Envelope(new_id("cmpl"), unix_now(), body.model)
+        envelope = Envelope(new_id("cmpl"), unix_now(), body.model, service.facts().fingerprint)
         usage = Usage(prompt_tokens=sum(len(p.tokens) for p in prompts))
         spelling = Spelling(service.tokenizer, bool(body.return_tokens_as_token_ids))
         shape = Shape(

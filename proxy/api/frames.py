@@ -21,9 +21,16 @@ class Envelope:
     id: str
     created: int
     model: str
+    system_fingerprint: str
 
     def object(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+        }
 
 
 def rendered(id: str, model: str, tokens: Sequence[int]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ and ignored. Extras that would change the answer are refused by `refuse_unsuppor
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
@@ -68,6 +69,25 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
 }
 """Parameters that may be given with these values only."""
+
+IGNORED = frozenset(
+    {
+        "include_obfuscation",
+        "metadata",
+        "moderation",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "verbosity",
+    }
+)
+"""Defined by OpenAI or vLLM; they change nothing here."""
 
 ANY_TOKEN_LIST = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 STOP_SCHEMA = {
@@ -259,6 +279,12 @@ def refuse_unsupported(extra: dict[str, Any]) -> None:
         value = extra.get(name)
         if value is not None and value not in harmless:
             raise unsupported(name)
+
+
+def unknown_fields(extra: Iterable[str]) -> list[str]:
+    """Names that mean nothing here."""
+    known = {*IGNORED, *INTERNAL_PARAMETERS, *UNSUPPORTED_PARAMETERS, *HARMLESS}
+    return [name for name in extra if name not in known]
 
 
 def _is_off(value: Any) -> bool:

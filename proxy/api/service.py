@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -16,10 +17,15 @@ from mesh.settings import ProxySettings
 from mesh.tokenizer import Tokenizer
 from proxy.api.jsonbody import parse_object
 from proxy.api.sampling import context_length_exceeded
-from proxy.api.schemas import RequestBody, validate
+from proxy.api.schemas import RequestBody, unknown_fields, validate
 from proxy.generation import Dispatcher, ModelFacts
 from proxy.metrics import ProxyMetrics
 
+logger = logging.getLogger(__name__)
+
+MAX_UNKNOWN = 64
+"""Names are the clients': they must fill neither memory nor the log."""
+MAX_NAME_CHARS = 80
 BODY_TIMEOUT_S = 60.0
 """A client that takes longer to send its body holds a place that others wait for."""
 INLINE_CHARS = 8_000
@@ -47,13 +53,25 @@ class Service:
     """Unix seconds; the model card's."""
     model_names: tuple[str, ...]
     """What clients may ask for: `model_name` and its aliases."""
+    unknown: set[str] = field(default_factory=set)
+    """Names of body fields that the log already has."""
 
     async def read(self, kind: type[Body], request: Request) -> Body:
         """The request's body, for a model that is served. Raises `RequestError`."""
         body = validate(kind, await self.read_json(request))
+        if body.model_extra:
+            self.note_unknown(unknown_fields(body.model_extra))
         if body.model is not None:
             self.check_model(body.model)
         return body
+
+    def note_unknown(self, names: Sequence[str]) -> None:
+        """Logs each name once: probably a client's mistake, or a parameter that is not served yet."""
+        for name in names:
+            short = name[:MAX_NAME_CHARS]
+            if short not in self.unknown and len(self.unknown) < MAX_UNKNOWN:
+                self.unknown.add(short)
+                logger.warning("the field %r in request bodies is not known and ignored", short)
 
     async def read_json(self, request: Request) -> dict[str, Any]:
         """The request's JSON object; raises `RequestError` 400 or 408."""

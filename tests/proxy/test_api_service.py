@@ -28,6 +28,13 @@ def test_the_model_list_has_the_served_model() -> None:
     assert {"created", "root", "parent", "permission"} < card.keys()
 
 
+def test_an_answer_says_which_system_made_it() -> None:
+    api = Api()
+    name = f"kvmesh-{__version__}-00000000"
+    assert api.chat()["system_fingerprint"] == api.complete()["system_fingerprint"] == name
+    assert {event["system_fingerprint"] for event in api.chat_stream()} == {name}
+
+
 def test_one_model() -> None:
     api = Api()
     assert api.http.get("/v1/models/tiny").json()["id"] == "tiny"

@@ -260,6 +260,16 @@ def test_completions_refuse_what_they_would_have_to_ignore(fields: dict[str, Any
     assert (error["code"], error["param"]) == ("unsupported_parameter", param)
 
 
+def test_an_unknown_field_is_logged_once_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    api = Api()
+    for _ in range(2):
+        api.chat(temprature=0.5, user="me", suffix=None)
+    api.complete(**{f"x{i}" * 50: i for i in range(100)})
+    lines = [r.message for r in caplog.records if "not known" in r.message]
+    assert "'temprature'" in lines[0]
+    assert (len(lines), len(set(lines)), max(map(len, lines)) < 200) == (64, 64, True)
+
+
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
 def test_other_content_parts_are_refused(kind: str) -> None:
     error = Api().chat_error(400, messages=[{"role": "user", "content": [{"type": kind}]}])
