@@ -48,3 +48,5 @@ class SamplingParams:
     leaves one."""
     bad_words: tuple[TokenIds, ...] = ()
     """Each a sequence that the output must not hold: its last token cannot be drawn after the others."""
+    priority: int = 0
+    """Of two requests of a worker the one with the lower number goes first; among equals, age decides."""

@@ -107,6 +107,7 @@ async def _read(service: Service, request: Request) -> tuple[ChatBody, Tools | N
     """The checked body, what the model may call, the prompt and how many tokens may follow it."""
     body = await service.read(ChatBody, request)
     check_chat(body)
+    service.check_priority(body.priority)
     tools = offered_tools(body, service.tokenizer)
     max_model_len = service.facts().max_model_len
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens

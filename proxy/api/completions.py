@@ -128,6 +128,7 @@ async def _read(service: Service, request: Request) -> tuple[CompletionBody, lis
     """The checked body, its prompts, and how many tokens may follow each."""
     body = await service.read(CompletionBody, request)
     check_completion(body)
+    service.check_priority(body.priority)
     max_model_len = service.facts().max_model_len
     given = given_prompts(body.prompt, body.n or 1)
     asked = 1 if body.max_tokens == 0 else body.max_tokens

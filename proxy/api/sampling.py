@@ -96,6 +96,7 @@ def sampling_params(
         min_tokens=min(body.min_tokens or 0, max_tokens),
         allowed_token_ids=allowed,
         bad_words=bad_words,
+        priority=body.priority or 0,
     )
 
 

@@ -219,6 +219,7 @@ class GenerationBody(RequestBody):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_COUNT)
+    priority: int | None = Field(None, ge=-(2**31), le=MAX_COUNT)
     truncation_side: Literal["left", "right"] | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[^@/\\]*$")
 

@@ -65,6 +65,11 @@ class Service:
             self.check_model(body.model)
         return body
 
+    def check_priority(self, priority: int | None) -> None:
+        """One that lets a request overtake others needs the operator's consent."""
+        if priority and self.settings.scheduling_policy != "priority":
+            raise RequestError(400, "priority needs a server with --scheduling-policy priority.", param="priority")
+
     def note_unknown(self, names: Sequence[str]) -> None:
         """Logs each name once: probably a client's mistake, or a parameter that is not served yet."""
         for name in names:

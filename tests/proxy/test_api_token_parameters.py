@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mesh.settings import ProxySettings
 from tests.proxy.api_client import Api, reply
 from tests.proxy.fake_dispatcher import Script
 from tests.proxy.tiny_tokenizer import BOS, IM_END, VOCAB_SIZE, byte_level, token_of
@@ -110,6 +111,14 @@ def test_allowed_token_ids_and_bad_words_reach_the_sampler_as_tokens() -> None:
 def test_what_cannot_be_honoured_is_refused_by_name(body: dict[str, Any], param: str) -> None:
     assert Api().chat_error(**body)["param"] == param
     assert Api().complete_error(**body)["param"] == param
+
+
+def test_a_priority_needs_a_server_that_has_any() -> None:
+    assert Api().chat_error(priority=1)["param"] == Api().complete_error(priority=-1)["param"] == "priority"
+    Api().chat(priority=0)
+    api = Api(settings=ProxySettings(scheduling_policy="priority"))
+    api.chat(priority=-3)
+    assert api.sent.params.priority == -3
 
 
 def test_a_prompt_is_truncated_on_the_side_asked_for() -> None:
