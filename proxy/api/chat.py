@@ -113,13 +113,13 @@ async def _read(service: Service, request: Request) -> tuple[ChatBody, Tools | N
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     tokens = await prompt_tokens(service, body, bounded=body.truncate_prompt_tokens is None)
     tokens = truncated(body, tokens, asked, max_model_len)
+    check_prompt_logprobs(body, len(tokens))
     return body, tools, tokens, token_budget(asked, len(tokens), max_model_len, "messages")
 
 
 def check_chat(body: ChatBody) -> None:
     """What pydantic cannot say of one field alone. Raises `RequestError` 400."""
     check_stream_options(body)
-    check_prompt_logprobs(body)
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     limit = getattr(body, name)
     if limit == 0:

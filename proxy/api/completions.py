@@ -135,13 +135,13 @@ async def _read(service: Service, request: Request) -> tuple[CompletionBody, lis
     prompts = await service.beside(
         lambda: [_prompt(service, body, p, asked, max_model_len) for p in given], sum(map(len, given))
     )
+    check_prompt_logprobs(body, sum(len(p.tokens) for p in prompts))
     return body, prompts, [token_budget(asked, len(p.tokens), max_model_len, "prompt") for p in prompts]
 
 
 def check_completion(body: CompletionBody) -> None:
     """What pydantic cannot say of one field alone. Raises `RequestError` 400."""
     check_stream_options(body)
-    check_prompt_logprobs(body)
     check_min_tokens(body.min_tokens, body.max_tokens)
     refuse_extra_choices(body.best_of, body.n or 1)
     if body.max_tokens == 0 and not body.echo:

@@ -24,6 +24,8 @@ MAX_LOGIT_BIAS = 1024
 """Each entry travels to every worker of the request and is applied at every step."""
 MAX_STOP_TOKEN_IDS = 1024
 MAX_ALLOWED_TOKEN_IDS = 4096
+MAX_PROMPT_LOGPROBS = 1 << 18
+"""Of all choices: a million would fill the worker's message, and writing them would hold up everybody's streams."""
 MAX_BAD_WORDS = 256
 """Each is compared with the end of the output at every step."""
 GREEDY_BELOW = 1e-5
@@ -182,9 +184,18 @@ def check_min_tokens(min_tokens: int | None, max_tokens: int | None) -> None:
         raise RequestError(400, "min_tokens must not be above max_tokens.", param="min_tokens")
 
 
-def check_prompt_logprobs(body: GenerationBody) -> None:
-    if body.prompt_logprobs is not None and body.stream:
+def check_prompt_logprobs(body: GenerationBody, prompt_tokens: int) -> None:
+    """`prompt_tokens`: of all prompts."""
+    if body.prompt_logprobs is None:
+        return
+    if body.stream:
         raise RequestError(400, "prompt_logprobs are not available in a stream.", param="prompt_logprobs")
+    if prompt_tokens * (body.n or 1) * (body.prompt_logprobs + 1) > MAX_PROMPT_LOGPROBS:
+        raise RequestError(
+            400,
+            f"prompt_logprobs: prompt tokens times n times (prompt_logprobs + 1) may be at most {MAX_PROMPT_LOGPROBS}.",
+            param="prompt_logprobs",
+        )
 
 
 def _checked_ids(name: str, ids: Sequence[int], limit: int, tokenizer: Tokenizer) -> tuple[int, ...]:

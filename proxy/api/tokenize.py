@@ -24,13 +24,15 @@ def tokenize_router(service: Service) -> APIRouter:
         """Token ids as a completion or chat completion would get them, of any length."""
         body = await service.read(TokenizeBody, request)
         tokens = await _tokens(service, body)
-        strings = None
-        if body.return_token_strs:
-            strings = [service.tokenizer.backend.id_to_token(token) for token in tokens]
-        max_model_len = service.facts().max_model_len
-        return json_response(
-            {"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens, "token_strs": strings}
-        )
+        max_model_len, piece = service.facts().max_model_len, service.tokenizer.backend.id_to_token
+
+        def answer() -> Response:
+            strings = [piece(token) for token in tokens] if body.return_token_strs else None
+            return json_response(
+                {"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens, "token_strs": strings}
+            )
+
+        return await service.beside(answer, CHARS_PER_TOKEN * len(tokens))
 
     @router.post("/detokenize", openapi_extra=openapi_body(DetokenizeBody))
     @router.post("/v1/detokenize", openapi_extra=openapi_body(DetokenizeBody))

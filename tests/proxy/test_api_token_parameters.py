@@ -82,6 +82,12 @@ def test_missing_prompt_logprobs_are_an_error_not_an_answer() -> None:
     api.complete_error(500, prompt_logprobs=0)
 
 
+def test_more_prompt_logprobs_than_one_answer_should_hold_are_refused() -> None:
+    fields: dict[str, Any] = {"prompt": [5] * 200, "prompt_logprobs": 20}
+    assert Api().complete_error(n=128, **fields)["param"] == "prompt_logprobs"
+    assert Api().complete(**fields)["choices"][0]["prompt_logprobs"]
+
+
 def test_allowed_token_ids_and_bad_words_reach_the_sampler_as_tokens() -> None:
     api = Api()
     api.complete(allowed_token_ids=[9, 5, 9], bad_words=["hello", " w"])
