@@ -162,7 +162,7 @@ class Engine:
     def _take_in(self, request: EngineRequest) -> None:
         self._check_fits(request)
         self._num_arrived += 1
-        request.order = self._num_arrived
+        request.order = (request.params.priority, self._num_arrived)
         request.num_initial_tokens = len(request.tokens)
         request.arrived = request.arrived or self._clock()
         self._requests[request.key] = request

@@ -65,8 +65,8 @@ class EngineRequest:
     num_preemptions: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     """Collected over the prompt's chunks: entry i is about `tokens[i + 1]`."""
-    order: int = 0
-    """Arrival order in this engine, from 1; priority and preemption go by it."""
+    order: tuple[int, int] = (0, 0)
+    """(priority, arrival in this engine, from 1): scheduling and preemption go by it."""
     num_initial_tokens: int = 0
     """Tokens the request came with; its blocks and tail are what a peer fetches."""
     arrived: float = 0.0

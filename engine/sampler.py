@@ -1,7 +1,8 @@
 """From logits to tokens, for many requests at once.
 
-    logits ─ penalties ─ logit_bias ─ min_tokens ─┬─ log-probabilities
-                                                  └─ temperature ─ top_k ─ top_p ─ min_p ─ draw
+    logits ─ penalties ─ logit_bias ─ min_tokens ─ bad_words ─ allowed_token_ids ─┬─ log-probabilities
+                                                                                  └─ draw
+    draw: temperature ─ top_k ─ top_p ─ min_p
 
 A row's result depends on its logits, its params and its tokens only, never on the rows beside it: the random number is
 a pure function of (seed, choice, position), sums run over token ids in order, and ties are settled by token id.
@@ -73,7 +74,8 @@ def _adjusted(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
             repeated.append(row)
         if params.presence_penalty or params.frequency_penalty:
             counted.append(row)
-        if params.logit_bias or request.num_output_tokens < params.min_tokens:
+        suppresses = request.num_output_tokens < params.min_tokens or params.bad_words or params.allowed_token_ids
+        if params.logit_bias or suppresses:
             biased.append(row)
     if not repeated and not counted and not biased:
         return logits
@@ -115,12 +117,31 @@ def _bias(logits: Tensor, rows: Sequence[int], requests: Sequence[EngineRequest]
         at += [(row, token, bias) for token, bias in request.params.logit_bias if 0 <= token < vocab]
         if request.num_output_tokens < request.params.min_tokens:
             suppressed += [(row, token) for token in request.params.stop_token_ids if 0 <= token < vocab]
+        suppressed += [(row, token) for token in _completing(request) if 0 <= token < vocab]
     if at:
         row_ids, tokens, values = zip(*at, strict=True)
         logits.index_put_(_positions(row_ids, tokens, logits), _tensor(values, logits), accumulate=True)
     if suppressed:
         row_ids, tokens = zip(*suppressed, strict=True)
         logits.index_put_(_positions(row_ids, tokens, logits), _tensor([float("-inf")], logits))
+    for row in rows:
+        allowed = [token for token in requests[row].params.allowed_token_ids if 0 <= token < vocab]
+        if allowed:
+            ids = torch.tensor(allowed, device=logits.device)
+            kept = logits[row, ids]
+            logits[row] = float("-inf")
+            logits[row, ids] = kept
+
+
+def _completing(request: EngineRequest) -> list[int]:
+    """The tokens with which the output would end on a bad word."""
+    tokens, num_output = request.tokens, request.num_output_tokens
+    completing = []
+    for *before, last in request.params.bad_words:
+        begins = len(tokens) - len(before)
+        if len(before) <= num_output and tokens[begins:] == before:
+            completing.append(last)
+    return completing
 
 
 def _places(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Tensor) -> npt.NDArray[np.int64]:
@@ -235,13 +256,16 @@ def _top_logprobs(logits: Tensor, tokens: Tensor, tops: Sequence[int]) -> list[T
     """`logits`: `[n, vocab]`, `tokens`: `[n]`, one number of alternatives per row. A token that cannot be drawn at
     all is no alternative."""
     logprobs = torch.log_softmax(logits.float(), dim=1)
-    own = logprobs.gather(1, tokens[:, None]).squeeze(1).tolist()
+    own = logprobs.gather(1, tokens[:, None])
+    ranks = ((logprobs > own).sum(dim=1) + 1).tolist()
     best = logprobs.topk(min(max(tops), logits.shape[1]), dim=1)
-    rows = zip(tokens.tolist(), own, best.indices.tolist(), best.values.tolist(), tops, strict=True)
+    rows = zip(
+        tokens.tolist(), own.squeeze(1).tolist(), best.indices.tolist(), best.values.tolist(), tops, ranks, strict=True
+    )
     result = []
-    for token, logprob, ids, values, top in rows:
+    for token, logprob, ids, values, top, rank in rows:
         kept = [(i, v) for i, v in zip(ids[:top], values[:top], strict=True) if v > float("-inf")]
-        result.append(TokenLogprob(token, logprob, tuple(i for i, _ in kept), tuple(v for _, v in kept)))
+        result.append(TokenLogprob(token, logprob, tuple(i for i, _ in kept), tuple(v for _, v in kept), rank))
     return result
 
 

@@ -83,6 +83,8 @@ class TokenLogprob:
     logprob: float
     top_tokens: TokenIds
     top_logprobs: tuple[float, ...]
+    rank: int = 1
+    """Of the token itself: 1 for the most likely one."""
 
 
 @dataclass(frozen=True, slots=True)

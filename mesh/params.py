@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mesh.wire import TokenIds
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -41,3 +43,10 @@ class SamplingParams:
     """Generation ends with the first of these; the token is part of the output (the proxy hides it)."""
     min_tokens: int = 0
     """`stop_token_ids` cannot be drawn before this many tokens were generated."""
+    allowed_token_ids: TokenIds = ()
+    """No other token can be drawn; empty means any. The proxy sees to it that what is forbidden elsewhere in here
+    leaves one."""
+    bad_words: tuple[TokenIds, ...] = ()
+    """Each a sequence that the output must not hold: its last token cannot be drawn after the others."""
+    priority: int = 0
+    """Of two requests of a worker the one with the lower number goes first; among equals, age decides."""

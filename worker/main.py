@@ -24,7 +24,7 @@ from mesh import environment, host, logs, options, startup
 from mesh.errors import EXIT_WORKER, StartupError
 from mesh.messages import BlockEvents, WorkerInfo
 from mesh.metrics import MetricsServer
-from mesh.modeldir import model_name
+from mesh.modeldir import model_names
 from mesh.params import SamplingParams
 from mesh.progress import report
 from mesh.residency import open_publisher
@@ -98,7 +98,7 @@ def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
         kv_address=kv.address,
         host=host.identity(),
         pid=os.getpid(),
-        model=model_name(Path(settings.model), settings.served_model_name),
+        model=model_names(Path(settings.model), settings.served_model_name)[0],
         model_digest=runner.digest,
         layout=runner.layout,
         total_blocks=runner.num_blocks,
