@@ -1,7 +1,7 @@
 """From logits to tokens, for many requests at once.
 
-    logits ─ penalties ─ logit_bias ─ min_tokens ─┬─ log-probabilities
-                                                  └─ temperature ─ top_k ─ top_p ─ min_p ─ draw
+    logits ─ penalties ─ logit_bias ─ min_tokens ─ grammar ─┬─ log-probabilities
+                                                            └─ temperature ─ top_k ─ top_p ─ min_p ─ draw
 
 A row's result depends on its logits, its params and its tokens only, never on the rows beside it: the random number is
 a pure function of (seed, choice, position), sums run over token ids in order, and ties are settled by token id.
@@ -16,8 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.grammar import Matcher
 from engine.request import EngineRequest
 from engine.step import Sampled
+from mesh.errors import GrammarError
 from mesh.messages import TokenLogprob
 
 DRAW_ELEMENTS = 1 << 23
@@ -34,10 +36,13 @@ def sample(logits: Tensor, requests: Sequence[EngineRequest]) -> list[Sampled]:
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(requests)} requests")
     if not requests:
         return []
-    logits = _adjusted(logits, requests)
+    logits, failures = _adjusted(logits, requests)
     tokens = _draw(logits, requests)
     logprobs = _logprobs(logits, requests, tokens)
-    return [Sampled(token, logprob) for token, logprob in zip(tokens.tolist(), logprobs, strict=True)]
+    results = [Sampled(token, logprob) for token, logprob in zip(tokens.tolist(), logprobs, strict=True)]
+    for row, failure in failures.items():
+        results[row] = Sampled(None, failure=failure)
+    return results
 
 
 def prompt_logprobs(logits: Tensor, next_tokens: Sequence[int], top: int) -> tuple[TokenLogprob, ...]:
@@ -64,9 +69,11 @@ def _splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _adjusted(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
-    """Logits after penalties, bias and suppression; the same tensor where no row asks for any."""
+def _adjusted(logits: Tensor, requests: Sequence[EngineRequest]) -> tuple[Tensor, dict[int, str]]:
+    """Logits after penalties, bias, suppression and grammars, the same tensor where no row asks for any; and the rows
+    whose grammar cannot be followed, with the reason."""
     repeated, counted, biased = [], [], []
+    constrained: list[tuple[int, Matcher]] = []
     for row, request in enumerate(requests):
         params = request.params
         if params.repetition_penalty != 1.0:
@@ -75,8 +82,10 @@ def _adjusted(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
             counted.append(row)
         if params.logit_bias or request.num_output_tokens < params.min_tokens:
             biased.append(row)
-    if not repeated and not counted and not biased:
-        return logits
+        if request.matcher is not None:
+            constrained.append((row, request.matcher))
+    if not repeated and not counted and not biased and not constrained:
+        return logits, {}
     logits = logits.clone(memory_format=torch.contiguous_format)
     if repeated:
         _repetition(logits, repeated, requests)
@@ -84,7 +93,7 @@ def _adjusted(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
         _presence_and_frequency(logits, counted, requests)
     if biased:
         _bias(logits, biased, requests)
-    return logits
+    return logits, _constrain(logits, constrained, requests) if constrained else {}
 
 
 def _repetition(logits: Tensor, rows: Sequence[int], requests: Sequence[EngineRequest]) -> None:
@@ -113,7 +122,7 @@ def _bias(logits: Tensor, rows: Sequence[int], requests: Sequence[EngineRequest]
     for row in rows:
         request = requests[row]
         at += [(row, token, bias) for token, bias in request.params.logit_bias if 0 <= token < vocab]
-        if request.num_output_tokens < request.params.min_tokens:
+        if request.num_output_tokens < request.params.min_tokens and request.matcher is None:
             suppressed += [(row, token) for token in request.params.stop_token_ids if 0 <= token < vocab]
     if at:
         row_ids, tokens, values = zip(*at, strict=True)
@@ -121,6 +130,27 @@ def _bias(logits: Tensor, rows: Sequence[int], requests: Sequence[EngineRequest]
     if suppressed:
         row_ids, tokens = zip(*suppressed, strict=True)
         logits.index_put_(_positions(row_ids, tokens, logits), _tensor([float("-inf")], logits))
+
+
+def _constrain(
+    logits: Tensor, constrained: Sequence[tuple[int, Matcher]], requests: Sequence[EngineRequest]
+) -> dict[int, str]:
+    """Leaves only what each row's grammar allows; the rows that fail, with the reason."""
+    vocab = logits.shape[1]
+    allowed = np.zeros((len(constrained), vocab), np.bool_)
+    failures: dict[int, str] = {}
+    for flags, (row, matcher) in zip(allowed, constrained, strict=True):
+        request = requests[row]
+        try:
+            found = matcher.allowed(request.tokens, request.num_prompt_tokens, request.params)
+        except GrammarError as error:
+            failures[row] = str(error)
+            found = np.ones(vocab, np.bool_)  # something is drawn for every row; this row's is thrown away
+        flags[: len(found)] = found[:vocab]
+    index = torch.tensor([row for row, _ in constrained], device=logits.device)
+    banned = torch.from_numpy(~allowed).to(logits.device)
+    logits[index] = logits[index].masked_fill_(banned, float("-inf"))
+    return failures
 
 
 def _places(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Tensor) -> npt.NDArray[np.int64]:

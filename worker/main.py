@@ -29,6 +29,8 @@ from mesh.params import SamplingParams
 from mesh.progress import report
 from mesh.residency import open_publisher
 from mesh.settings import WorkerSettings
+from mesh.tokenizer import Tokenizer
+from worker.grammars import Grammars
 from worker.metrics import WorkerMetrics
 from worker.process import Station, WorkerProcess
 from worker.role import Parts, Role
@@ -73,6 +75,7 @@ def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
     began = time.monotonic()
     set_threads(settings.threads)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    grammars = Grammars(lambda: Tokenizer.load(settings.model))
     runner = load_runner(settings)
     budget = settings.max_num_batched_tokens or (CPU_STEP_TOKENS if settings.device == "cpu" else CUDA_STEP_TOKENS)
     engine = Engine(runner, EngineConfig(settings.max_num_seqs, budget, runner.max_model_len))
@@ -117,7 +120,7 @@ def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
 
     publisher = open_publisher(settings.store, info, publish_directly)
     process = WorkerProcess(
-        Station(info, engine, kv, publisher, metrics, settings.proxy, settings.drain_timeout),
+        Station(info, engine, kv, publisher, metrics, grammars, settings.proxy, settings.drain_timeout),
         context,
         make_role,
     )
