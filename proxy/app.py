@@ -19,6 +19,7 @@ from proxy.api.middleware import Admission, BodyLimit, Edge
 from proxy.api.models import models_router
 from proxy.api.service import Service, unix_now
 from proxy.generation import Dispatcher
+from proxy.grammars import GrammarCheck
 from proxy.metrics import ProxyMetrics
 
 KEEP_ALIVE_S = 15.0
@@ -44,7 +45,8 @@ def create_app(
     """
     metrics = metrics or ProxyMetrics(model_name)
     door = door or Door(settings.max_concurrent_requests)
-    service = Service(dispatcher, tokenizer, settings, model_name, metrics, keep_alive_s, unix_now())
+    grammars = GrammarCheck(tokenizer)
+    service = Service(dispatcher, tokenizer, settings, model_name, metrics, keep_alive_s, unix_now(), grammars)
     app = FastAPI(
         title="kvmesh",
         version=__version__,

@@ -49,7 +49,7 @@ def chat_router(service: Service) -> APIRouter:
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         budget = token_budget(asked, len(tokens), service.facts().max_model_len, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        params = sampling_params(body, service.tokenizer, budget, logprobs, None)
+        params = sampling_params(body, service.tokenizer, budget, logprobs, None, await service.grammar(body))
         options = text_options(body)
         n = body.n or 1
         choices = [options.choice(service.tokenizer, tokens) for _ in range(n)]

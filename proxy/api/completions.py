@@ -77,7 +77,9 @@ def completions_router(service: Service) -> APIRouter:
         discard = body.max_tokens == 0
         asked = 1 if discard else body.max_tokens
         budgets = [token_budget(asked, len(p.tokens), facts.max_model_len, "prompt") for p in prompts]
-        params = sampling_params(body, service.tokenizer, max(budgets), body.logprobs, body.logprobs if echo else None)
+        prompt_logprobs = body.logprobs if echo else None
+        grammar = await service.grammar(body)
+        params = sampling_params(body, service.tokenizer, max(budgets), body.logprobs, prompt_logprobs, grammar)
         options = text_options(body)
         choices = [options.choice(service.tokenizer, p.tokens, len(p.echo)) for p in prompts for _ in range(n)]
         envelope = Envelope(new_id("cmpl"), unix_now(), service.model_name)

@@ -62,6 +62,7 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    grammar: str | None,
 ) -> SamplingParams:
     """The workers' share of `body`. Raises `RequestError` 400."""
     stop_ids = _stop_token_ids(body.stop_token_ids or (), tokenizer)
@@ -83,6 +84,7 @@ def sampling_params(
         prompt_logprobs=prompt_logprobs,
         stop_token_ids=stop_ids,
         min_tokens=min(body.min_tokens or 0, max_tokens),
+        grammar=grammar,
     )
 
 
