@@ -118,7 +118,22 @@ def _structured_outputs(value: Any) -> list[Constraint]:
 def _schema(param: str, schema: Any) -> Constraint:
     if GUIDANCE in _object(schema, param):
         raise unsupported(f"{param}.{GUIDANCE}")
+    _check_min_properties(param, schema)
     return Constraint(param, json_grammar(schema))
+
+
+def _check_min_properties(param: str, schema: Any) -> None:
+    """A grammar lets a free key be written twice, which is one property to whoever reads it."""
+    todo = [schema]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, list):
+            todo += value
+        elif isinstance(value, dict):
+            todo += value.values()
+            least, required = value.get("minProperties"), value.get("required")
+            if isinstance(least, int | float) and least > 1 + (len(required) if isinstance(required, list) else 0):
+                raise invalid_schema(param, "minProperties is supported up to one more than what is required")
 
 
 def _schema_or_text(param: str, schema: Any) -> Constraint:

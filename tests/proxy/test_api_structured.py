@@ -132,6 +132,39 @@ def test_a_grammar_that_does_not_compile_is_refused(api: Api, fields: dict[str, 
     assert reason in error["message"]
 
 
+OBJECT = {"type": "object"}
+UNSUPPORTED: dict[str, dict[str, Any]] = {
+    "uniqueItems": {"type": "array", "uniqueItems": True},
+    "contains": {"type": "array", "contains": {"type": "integer"}},
+    "not": {"not": {"type": "string"}},
+    "if": {"if": {"type": "string"}, "then": {"maxLength": 2}},
+    "else": {"if": {"type": "string"}, "else": {"maximum": 2}},
+    "propertyNames": {**OBJECT, "propertyNames": {"pattern": "^a"}},
+    "dependentRequired": {**OBJECT, "dependentRequired": {"a": ["b"]}},
+    "dependentSchemas": {**OBJECT, "dependentSchemas": {"a": {"required": ["b"]}}},
+    "dependencies": {**OBJECT, "dependencies": {"a": ["b"]}},
+    "unevaluatedProperties": {**OBJECT, "unevaluatedProperties": False},
+    "unevaluatedItems": {"type": "array", "unevaluatedItems": False},
+    "$dynamicRef": {"$dynamicRef": "#node"},
+    "oneOf": {"oneOf": [{"type": "integer"}, {"type": "number"}]},
+    "minProperties": {**OBJECT, "minProperties": 2},
+    "format": {"type": "string", "format": "phone"},
+    "look-around": {"type": "string", "pattern": "^(?!a)"},
+    "type": {"type": "text"},
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("keyword", UNSUPPORTED)
+def test_an_unsupported_keyword_is_named_and_never_dropped(api: Api, keyword: str, nested: bool) -> None:
+    schema = UNSUPPORTED[keyword]
+    if nested:
+        schema = {"type": "array", "items": {"anyOf": [{"type": "null"}, {**OBJECT, "properties": {"x": schema}}]}}
+    error = api.chat_error(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    assert (error["param"], error["code"]) == ("response_format.json_schema.schema", "invalid_schema")
+    assert keyword in error["message"]
+
+
 CHAIN = {f"d{i}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(800)}
 HOSTILE: dict[str, dict[str, Any]] = {
     "regex that takes seconds": {"regex": "a?" * 20_000},
