@@ -172,6 +172,8 @@ class Engine:
         num_tokens, params = len(request.tokens), request.params
         if request.key in self._requests:
             raise CannotFit("internal", f"request {request.key} is here already")
+        if params.grammar is not None and request.matcher is None:
+            raise CannotFit("internal", f"request {request.key} has a grammar that nobody compiled")
         if not 0 < request.num_prompt_tokens <= num_tokens or request.num_output_tokens >= params.max_tokens:
             raise CannotFit("internal", f"request {request.key} has no prompt or nothing left to generate")
         if num_tokens >= self.config.max_model_len:

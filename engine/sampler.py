@@ -136,20 +136,17 @@ def _constrain(
     logits: Tensor, constrained: Sequence[tuple[int, Matcher]], requests: Sequence[EngineRequest]
 ) -> dict[int, str]:
     """Leaves only what each row's grammar allows; the rows that fail, with the reason."""
-    vocab = logits.shape[1]
-    allowed = np.zeros((len(constrained), vocab), np.bool_)
     failures: dict[int, str] = {}
-    for flags, (row, matcher) in zip(allowed, constrained, strict=True):
+    for row, matcher in constrained:
         request = requests[row]
         try:
-            found = matcher.allowed(request.tokens, request.num_prompt_tokens, request.params)
+            flags = matcher.allowed(request.tokens, request.num_prompt_tokens, request.params)
         except GrammarError as error:
-            failures[row] = str(error)
-            found = np.ones(vocab, np.bool_)  # something is drawn for every row; this row's is thrown away
-        flags[: len(found)] = found[:vocab]
-    index = torch.tensor([row for row, _ in constrained], device=logits.device)
-    banned = torch.from_numpy(~allowed).to(logits.device)
-    logits[index] = logits[index].masked_fill_(banned, float("-inf"))
+            failures[row] = str(error)  # something is drawn for it too, and thrown away
+            continue
+        banned = torch.from_numpy(~flags[: logits.shape[1]]).to(logits.device)
+        logits[row, : len(banned)].masked_fill_(banned, float("-inf"))
+        logits[row, len(banned) :] = float("-inf")
     return failures
 
 

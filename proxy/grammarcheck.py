@@ -33,7 +33,7 @@ machine stretches."""
 MEMORY_BYTES = 1 << 30
 """Beyond what the process has; a grammar at `mesh.grammar.LIMITS` takes less than a tenth."""
 STACK_BYTES = 2 << 20
-"""A worker's threads have 8 MiB."""
+"""A worker's threads have four times that."""
 TRIED_TOKENS = 48
 """An object with too many optional properties, or an ambiguous rule, shows after a few tokens."""
 TOO_COMPLEX = "it is too complex: compiling it takes too much time, memory or recursion"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.errors import CannotFit
 from engine.grammar import Matcher
 from engine.request import EngineRequest, RequestState
 from engine.sampler import sample
@@ -209,6 +210,13 @@ def test_a_first_token_from_elsewhere_counts() -> None:
     replica.expect(other)
     assert replica.ready("r", [A, EOS]) == 0
     assert other.state is RequestState.FINISHED
+
+
+def test_a_grammar_that_nobody_compiled_is_refused() -> None:
+    naked = in_engine('start: "a"')
+    naked.matcher = None
+    with pytest.raises(CannotFit):
+        engine().add(naked)
 
 
 def test_a_failed_request_ends_alone_and_leaves_nothing() -> None:

@@ -49,10 +49,12 @@ def answers(model: Path, asked: list[dict[str, Any]]) -> list[tuple[str, str]]:
     engine = Engine(runner, EngineConfig(COUNT, COUNT, 512))
     requests = []
     for i, schema in enumerate(asked):
-        params = SamplingParams(max_tokens=MAX_TOKENS, seed=i, logit_bias=closing, stop_token_ids=(EOS,))
+        grammar = json_grammar(schema)
+        params = SamplingParams(
+            max_tokens=MAX_TOKENS, seed=i, logit_bias=closing, stop_token_ids=(EOS,), grammar=grammar
+        )
         request = EngineRequest(str(i), [i % 250, 3, 5], 3, params, b"r" * 16)
-        compiled = compile_grammar(ll, json_grammar(schema))
-        request.matcher = Matcher(compiled, ll.vocab_size, frozenset(vocabulary.eos))
+        request.matcher = Matcher(compile_grammar(ll, grammar), ll.vocab_size, frozenset(vocabulary.eos))
         engine.add(request)
         requests.append(request)
     finishes = {}
