@@ -61,7 +61,6 @@ def write_frame(sink: IO[bytes], value: Any) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C; the proxy ends us by closing the pipe
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     try:
         tokenizer = Vocabulary(*read_frame(source)).tokenizer()

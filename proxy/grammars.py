@@ -80,7 +80,10 @@ class GrammarCheck:
         if not vocabulary.eos:
             raise GrammarError("this model has no end-of-sequence token, so no grammar could end")
         process = subprocess.Popen(
-            [sys.executable, "-m", "proxy.grammarcheck"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", "proxy.grammarcheck"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # a terminal's Ctrl-C is not for it; it ends when its standard input does
         )
         weakref.finalize(self, _end, process)
         assert process.stdin is not None

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from mesh.errors import GrammarError, RequestError
 from mesh.grammar import MAX_GRAMMAR_BYTES, Vocabulary, compile_grammar
 from proxy.api.structured import TaggedSchema, tagged_grammar
-from proxy.grammars import GrammarCheck
+from proxy.grammars import MAX_WAITING, GrammarCheck
 from tests.proxy.api_client import Api, chat_texts
 from tests.proxy.tiny_tokenizer import IM_END, byte_level
 
@@ -197,6 +198,30 @@ def test_a_hostile_grammar_is_refused_soon_and_harms_nobody(api: Api, case: str)
 
 def test_repetitions_that_would_force_a_million_tokens_cost_no_more_than_others(api: Api) -> None:
     api.chat(structured_outputs={"regex": "a{1000000000}"})
+
+
+def test_streams_go_on_while_a_hostile_grammar_is_tried() -> None:
+    async def ticks() -> int:
+        trial = asyncio.create_task(GrammarCheck(byte_level()).check("start: /" + "a?" * 20_000 + "/"))
+        count = 0
+        while not trial.done():
+            await asyncio.sleep(0.005)
+            count += 1
+        with pytest.raises(GrammarError):
+            trial.result()
+        return count
+
+    assert asyncio.run(ticks()) > 30
+
+
+def test_only_so_many_grammars_wait_to_be_tried() -> None:
+    async def outcomes() -> list[Any]:
+        check = GrammarCheck(byte_level())
+        trials = (check.check(f'start: "{i}"') for i in range(MAX_WAITING + 3))
+        return await asyncio.gather(*trials, return_exceptions=True)
+
+    refused = [o for o in asyncio.run(outcomes()) if isinstance(o, RequestError)]
+    assert [(r.status, r.code) for r in refused] == [(503, "overloaded")] * 3
 
 
 def test_tagged_schemas_are_alternatives_with_texts_and_special_tokens_around(api: Api) -> None:
