@@ -7,6 +7,7 @@ and those sampled here pass through the same lines, and preemption changes nothi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,10 +24,12 @@ Flags = npt.NDArray[np.bool_]
 class Matcher:
     """One request's place in its grammar. Used by one thread."""
 
-    __slots__ = ("_bits", "_matcher", "_num_seen", "eos_token_ids")
+    __slots__ = ("_bits", "_matcher", "_num_seen", "cost_s", "eos_token_ids")
 
     def __init__(self, matcher: LLMatcher, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         self.eos_token_ids = eos_token_ids
+        self.cost_s = 0.0
+        """Processor time of the last mask."""
         self._matcher = matcher
         self._num_seen = 0
         self._bits = np.zeros(-(-vocab_size // 32), np.uint32)
@@ -41,10 +44,12 @@ class Matcher:
         An end of the sequence that would not end the request (`ignore_eos`, `min_tokens`) may only follow where
         nothing else may: the grammar is complete.
         """
+        began = time.thread_time()
         output = tokens[num_prompt_tokens + self._num_seen :]
         self._matcher.consume_tokens(list(output))
         self._num_seen += len(output)
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        self.cost_s = time.thread_time() - began
         check_matcher(self._matcher)
         flags = np.unpackbits(self._bits.view(np.uint8), bitorder="little").view(np.bool_)
         early = self._num_seen < params.min_tokens

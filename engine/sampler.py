@@ -26,6 +26,10 @@ DRAW_ELEMENTS = 1 << 23
 """Elements of the float64 work space of one draw (64 MiB); more rows are drawn in turns."""
 TOP_P_CANDIDATES = 1024
 """Tried before a full sort: nearly every nucleus is smaller."""
+MASKS_S = 0.5
+"""Processor time for the masks of one step. A batch of JSON takes a hundredth; with more than this, every stream of
+the worker would stutter, so requests with slow grammars end."""
+SLOW_MASK_S = 0.005
 MASK = (1 << 64) - 1
 
 
@@ -137,13 +141,19 @@ def _constrain(
 ) -> dict[int, str]:
     """Leaves only what each row's grammar allows; the rows that fail, with the reason."""
     failures: dict[int, str] = {}
+    spent = 0.0
     for row, matcher in constrained:
+        if spent > MASKS_S and matcher.cost_s > SLOW_MASK_S:
+            failures[row] = "its grammar takes too much time"
+            continue
         request = requests[row]
         try:
             flags = matcher.allowed(request.tokens, request.num_prompt_tokens, request.params)
         except GrammarError as error:
             failures[row] = str(error)  # something is drawn for it too, and thrown away
             continue
+        finally:
+            spent += matcher.cost_s
         banned = torch.from_numpy(~flags[: logits.shape[1]]).to(logits.device)
         logits[row, : len(banned)].masked_fill_(banned, float("-inf"))
         logits[row, len(banned) :] = float("-inf")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
+from engine.engine import Engine, EngineConfig
+from engine.grammar import Matcher
+from engine.request import EngineRequest
+from mesh.grammar import Vocabulary, compile_grammar
 from mesh.params import SamplingParams
 from mesh.tokenizer import Tokenizer
 from proxy.api.structured import json_grammar
@@ -90,3 +95,21 @@ def test_tokens_do_not_depend_on_topology_batch_or_preemption(
         if shape.num_blocks < 100:
             assert running.workers["decode-0"].engine.num_preemptions > 0
         running.assert_quiet()
+
+
+def test_another_worker_goes_on_at_any_token(model: Path, co_located: list[list[list[Answer]]]) -> None:
+    prompt, grammar, wanted = PROMPTS[3], json_grammar(SCHEMA), co_located[0][3][1].tokens
+    vocabulary = Vocabulary.of(Tokenizer.load(model))
+    compiled = compile_grammar(vocabulary.tokenizer(), grammar)
+    place = Matcher(compiled, len(vocabulary.tokens), frozenset(vocabulary.eos))
+    other = Engine(loader(model, Shape())(), EngineConfig(64, 64, 512))
+    given = range(0, len(wanted), 7)
+    for k in given:
+        settings = replace(params(grammar), choice=1)
+        tokens = [*prompt, *wanted[:k]]
+        other.add(EngineRequest(str(k), tokens, len(prompt), settings, b"r" * 16, matcher=place.copy()))
+    rest: dict[str, list[int]] = {}
+    while other.has_work:
+        for out in other.step().tokens:
+            rest.setdefault(out.request.key, []).append(out.token)
+    assert rest == {str(k): wanted[k:] for k in given}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine import sampler
 from engine.errors import CannotFit
 from engine.grammar import Matcher
 from engine.request import EngineRequest, RequestState
@@ -172,6 +173,17 @@ def test_a_row_that_fails_says_so_beside_rows_that_do_not() -> None:
     bad, good = sample(logits, [request('start: "ab"', [C]), request('start: "c"')])
     assert (bad.token, good.token) == (None, C)
     assert bad.failure
+
+
+def test_slow_grammars_end_when_a_steps_masks_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [request("start: /[ab]*/") for _ in range(3)]
+    logits = torch.zeros(3, len(TOKENS))
+    monkeypatch.setattr(sampler, "MASKS_S", 0.0)
+    assert [sampled.failure for sampled in sample(logits, requests)] == [None] * 3
+    monkeypatch.setattr(sampler, "SLOW_MASK_S", 0.0)
+    first, *others = [sampled.failure for sampled in sample(logits, requests)]
+    assert first is None
+    assert all(others)
 
 
 def in_engine(grammar: str, output: Sequence[int] = (), **fields: Any) -> EngineRequest:
