@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from engine.grammar import Matcher
 from mesh.messages import TokenLogprob
 from mesh.params import SamplingParams
 
@@ -44,6 +45,8 @@ class EngineRequest:
     """Leave this engine after so many new tokens (a prefill worker: 1)."""
     hold: bool = False
     """Keep the blocks referenced after leaving by `stop_after`."""
+    matcher: Matcher | None = None
+    """Of `params.grammar`; whoever hands the request in has compiled it."""
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)

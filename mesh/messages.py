@@ -225,7 +225,7 @@ class Refused:
     attempt: int
     code: str
     """`draining`, `blocks_missing`, `stale_incarnation`, `too_long`, `no_memory`, `deadline`, `wrong_role`,
-    `internal`."""
+    `grammar`, `internal`."""
     message: str
     retryable: bool
     """True: another worker may succeed."""

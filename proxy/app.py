@@ -20,6 +20,7 @@ from proxy.api.models import models_router
 from proxy.api.service import Service, unix_now
 from proxy.api.tokenize import tokenize_router
 from proxy.generation import Dispatcher
+from proxy.grammars import GrammarCheck
 from proxy.metrics import ProxyMetrics
 
 KEEP_ALIVE_S = 15.0
@@ -47,7 +48,15 @@ def create_app(
     metrics = metrics or ProxyMetrics(model_name)
     door = door or Door(settings.max_concurrent_requests)
     service = Service(
-        dispatcher, tokenizer, settings, model_name, metrics, keep_alive_s, unix_now(), (model_name, *aliases)
+        dispatcher,
+        tokenizer,
+        settings,
+        model_name,
+        metrics,
+        keep_alive_s,
+        unix_now(),
+        GrammarCheck(tokenizer),
+        (model_name, *aliases),
     )
     app = FastAPI(
         title="kvmesh",

@@ -60,7 +60,8 @@ def chat_router(service: Service) -> APIRouter:
         arrived = perf_counter()
         body, tools, tokens, budget = await _read(service, request)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        params = sampling_params(body, service.tokenizer, budget, logprobs, body.prompt_logprobs)
+        grammar = await service.grammar(body)
+        params = sampling_params(body, service.tokenizer, budget, logprobs, body.prompt_logprobs, grammar)
         options = text_options(body)
         shape = Shape(
             n=body.n or 1,

@@ -83,7 +83,9 @@ def completions_router(service: Service) -> APIRouter:
         body, prompts, budgets = await _read(service, request)
         n, echo, discard = body.n or 1, bool(body.echo), body.max_tokens == 0
         about_prompt = [top for top in (body.prompt_logprobs, body.logprobs if echo else None) if top is not None]
-        params = sampling_params(body, service.tokenizer, max(budgets), body.logprobs, max(about_prompt, default=None))
+        grammar = await service.grammar(body)
+        prompt_logprobs = max(about_prompt, default=None)
+        params = sampling_params(body, service.tokenizer, max(budgets), body.logprobs, prompt_logprobs, grammar)
         options = text_options(body)
         choices = [options.choice(service.tokenizer, p.tokens, len(p.echo)) for p in prompts for _ in range(n)]
         envelope = Envelope(new_id("cmpl"), unix_now(), body.model, service.facts().fingerprint)

@@ -72,6 +72,7 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    grammar: str | None,
 ) -> SamplingParams:
     """The workers' share of `body`. Raises `RequestError` 400."""
     stop_ids = _checked_ids("stop_token_ids", body.stop_token_ids or (), MAX_STOP_TOKEN_IDS, tokenizer)
@@ -101,6 +102,7 @@ def sampling_params(
         allowed_token_ids=allowed,
         bad_words=bad_words,
         priority=body.priority or 0,
+        grammar=grammar,
     )
 
 

@@ -36,7 +36,6 @@ UNSUPPORTED_PARAMETERS = (
     "chat_template",
     "custom_logit_processor",
     "documents",
-    "ebnf",
     "functions",
     "grammar",
     "guided_choice",
@@ -51,11 +50,9 @@ UNSUPPORTED_PARAMETERS = (
     "lora_path",
     "no_stop_trim",
     "prompt_embeds",
-    "regex",
     "return_hidden_states",
     "stop_regex",
     "structural_tag",
-    "structured_outputs",
     "suffix",
     "thinking_token_budget",
     "use_beam_search",
@@ -66,7 +63,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "length_penalty": (1, 1.0),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
 }
 """Parameters that may be given with these values only."""
 
@@ -101,6 +97,47 @@ STOP_SCHEMA = {
 LOGIT_BIAS_SCHEMA = {
     "anyOf": [
         {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
+        {"type": "null"},
+    ],
+    "default": None,
+}
+RESPONSE_FORMAT_SCHEMA = {
+    "anyOf": [
+        {
+            "type": "object",
+            "required": ["type"],
+            "properties": {
+                "type": {"enum": ["text", "json_object", "json_schema"]},
+                "json_schema": {
+                    "type": "object",
+                    "required": ["name", "schema"],
+                    "properties": {
+                        "name": {"type": "string"},
+                        "description": {"type": "string"},
+                        "schema": {"type": "object"},
+                        "strict": {"anyOf": [{"type": "boolean"}, {"type": "null"}]},
+                    },
+                },
+            },
+        },
+        {"type": "null"},
+    ],
+    "default": None,
+}
+STRUCTURED_OUTPUTS_SCHEMA = {
+    "anyOf": [
+        {
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 1,
+            "properties": {
+                "json": {"anyOf": [{"type": "object"}, {"type": "string"}]},
+                "json_object": {"const": True},
+                "regex": {"type": "string", "minLength": 1},
+                "choice": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                "grammar": {"type": "string", "minLength": 1},
+            },
+        },
         {"type": "null"},
     ],
     "default": None,
@@ -221,6 +258,10 @@ class GenerationBody(RequestBody):
     truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_COUNT)
     priority: int | None = Field(None, ge=-(2**31), le=MAX_COUNT)
     truncation_side: Literal["left", "right"] | None = None
+    response_format: Annotated[Any, WithJsonSchema(RESPONSE_FORMAT_SCHEMA)] = None
+    structured_outputs: Annotated[Any, WithJsonSchema(STRUCTURED_OUTPUTS_SCHEMA)] = None
+    regex: str | None = None
+    ebnf: str | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[^@/\\]*$")
 
 

@@ -12,13 +12,15 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from mesh.errors import RequestError
+from mesh.errors import GrammarError, RequestError
 from mesh.settings import ProxySettings
 from mesh.tokenizer import Tokenizer
 from proxy.api.jsonbody import parse_object
 from proxy.api.sampling import context_length_exceeded
-from proxy.api.schemas import RequestBody, unknown_fields, validate
+from proxy.api.schemas import GenerationBody, RequestBody, unknown_fields, validate
+from proxy.api.structured import invalid_schema, output_constraint
 from proxy.generation import Dispatcher, ModelFacts
+from proxy.grammars import GrammarCheck
 from proxy.metrics import ProxyMetrics
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ class Service:
     """Silence after which a stream gets a comment line."""
     created: int
     """Unix seconds; the model card's."""
+    grammars: GrammarCheck
     model_names: tuple[str, ...]
     """What clients may ask for: `model_name` and its aliases."""
     unknown: set[str] = field(default_factory=set)
@@ -121,6 +124,16 @@ class Service:
         ids = self.tokenizer.encode(text, add_special_tokens=special)
         self.check_ids(ids, param)
         return ids
+
+    async def grammar(self, body: GenerationBody) -> str | None:
+        """What `body` asks of its output, as the workers get it. Raises `RequestError` 400 or 503."""
+        constraint = output_constraint(body)
+        if constraint is None:
+            return None
+        try:
+            return await self.grammars.check(constraint.grammar, converts=constraint.converts)
+        except GrammarError as error:
+            raise invalid_schema(constraint.param, str(error)) from None
 
     def check_ids(self, ids: list[int], param: str) -> None:
         """Raises `RequestError` 400 unless `ids` are some token ids of the model."""
