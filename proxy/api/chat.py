@@ -28,6 +28,7 @@ from proxy.api.sampling import (
 from proxy.api.schemas import ChatBody, ConversationBody, openapi_body
 from proxy.api.service import Service, new_id, unix_now
 from proxy.api.sse import compact
+from proxy.api.structured import output_constraint
 from proxy.api.submit import answer, submit
 from proxy.api.tools import Tools, offered_tools
 from proxy.generation import Chunk, Route
@@ -60,7 +61,7 @@ def chat_router(service: Service) -> APIRouter:
         arrived = perf_counter()
         body, tools, tokens, budget = await _read(service, request)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        grammar = await service.grammar(body)
+        grammar = await service.grammar(tools.constraint if tools else output_constraint(body))
         params = sampling_params(body, service.tokenizer, budget, logprobs, body.prompt_logprobs, grammar)
         options = text_options(body)
         shape = Shape(

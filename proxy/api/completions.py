@@ -38,6 +38,7 @@ from proxy.api.sampling import (
 from proxy.api.schemas import CompletionBody, openapi_body
 from proxy.api.service import Service, new_id, unix_now
 from proxy.api.sse import compact
+from proxy.api.structured import output_constraint
 from proxy.api.submit import answer, submit
 from proxy.generation import Chunk, Route
 from proxy.text.choice import Piece
@@ -83,7 +84,7 @@ def completions_router(service: Service) -> APIRouter:
         body, prompts, budgets = await _read(service, request)
         n, echo, discard = body.n or 1, bool(body.echo), body.max_tokens == 0
         about_prompt = [top for top in (body.prompt_logprobs, body.logprobs if echo else None) if top is not None]
-        grammar = await service.grammar(body)
+        grammar = await service.grammar(output_constraint(body))
         prompt_logprobs = max(about_prompt, default=None)
         params = sampling_params(body, service.tokenizer, max(budgets), body.logprobs, prompt_logprobs, grammar)
         options = text_options(body)

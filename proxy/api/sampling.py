@@ -81,6 +81,9 @@ def sampling_params(
     allowed = _allowed_token_ids(body.allowed_token_ids, tokenizer)
     bad_words = _bad_words(body.bad_words or (), tokenizer)
     _check_some_token_is_left(allowed, bad_words, stop_ids if body.min_tokens else (), tokenizer)
+    if grammar is not None and (allowed or bad_words):
+        param = "allowed_token_ids" if allowed else "bad_words"
+        raise RequestError(400, f"{param} cannot be combined with a form of the output.", param=param)
     defaults = tokenizer.sampling
     temperature = defaults.temperature if body.temperature is None else body.temperature
     penalty = defaults.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty

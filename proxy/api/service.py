@@ -17,8 +17,8 @@ from mesh.settings import ProxySettings
 from mesh.tokenizer import Tokenizer
 from proxy.api.jsonbody import parse_object
 from proxy.api.sampling import context_length_exceeded
-from proxy.api.schemas import GenerationBody, RequestBody, unknown_fields, validate
-from proxy.api.structured import invalid_schema, output_constraint
+from proxy.api.schemas import RequestBody, unknown_fields, validate
+from proxy.api.structured import Constraint, invalid_schema
 from proxy.generation import Dispatcher, ModelFacts
 from proxy.grammars import GrammarCheck
 from proxy.metrics import ProxyMetrics
@@ -125,9 +125,8 @@ class Service:
         self.check_ids(ids, param)
         return ids
 
-    async def grammar(self, body: GenerationBody) -> str | None:
-        """What `body` asks of its output, as the workers get it. Raises `RequestError` 400 or 503."""
-        constraint = output_constraint(body)
+    async def grammar(self, constraint: Constraint | None) -> str | None:
+        """What is asked of an output, as the workers get it. Raises `RequestError` 400 or 503."""
         if constraint is None:
             return None
         try:

@@ -66,10 +66,12 @@ def json_grammar(schema: Any) -> str:
     return f"start: {_json(schema)}"
 
 
-def tagged_grammar(alternatives: Sequence[TaggedSchema], tokenizer: Tokenizer) -> str:
-    """One of the alternatives and nothing else. Special tokens spelled in the texts around are those tokens."""
+def tagged_grammar(alternatives: Sequence[TaggedSchema], tokenizer: Tokenizer, *, several: bool = False) -> str:
+    """One of the alternatives (`several`: or more, a line each) and nothing else. Special tokens spelled in the texts
+    around are those tokens."""
     rules = [f"{_text(a.prefix, tokenizer)} {_json(a.schema)} {_text(a.suffix, tokenizer)}" for a in alternatives]
-    return "start: " + "\n  | ".join(rules)
+    start = 'start: one ("\\n" one)*' if several else "start: one"
+    return start + "\none: " + "\n  | ".join(rules)
 
 
 def _response_format(value: Any) -> Constraint | None:
