@@ -219,7 +219,7 @@ class DecodeRole:
     def rejected(self, event: Rejected) -> None:
         job = self._by_key.get(event.key)
         if job is not None:
-            self._parts.refuse(job, event.code, event.message, retryable=True)
+            self._parts.refuse(job, event.code, event.message, retryable=event.retryable)
             self._end(job)
 
     def tick(self, now: float) -> None:

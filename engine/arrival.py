@@ -1,4 +1,4 @@
-"""Requests in order of arrival: what becomes a batch or is preempted is found by age alone."""
+"""Requests in order: what becomes a batch or is preempted is found by priority, and among equals by age."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from engine.request import EngineRequest
 
 
 class ArrivalQueue:
-    """Requests by key, iterated from the oldest to the youngest. Add and remove are O(1).
+    """Requests by key, iterated in their `order`: the oldest first, unless priorities differ. Add and remove are O(1).
 
-    A request that comes back (preempted, fetched) takes its old place: the next iteration sorts, which is linear
-    because all others are in order. Do not add or remove while iterating; `snapshot` is for that.
+    A request that comes back (preempted, fetched) takes its old place, and one of a higher priority overtakes: the
+    next iteration sorts, which is linear because all others are in order. Do not add or remove while iterating;
+    `snapshot` is for that.
     """
 
     __slots__ = ("_by_key", "_in_order", "_youngest")
 
     def __init__(self) -> None:
         self._by_key: dict[str, EngineRequest] = {}
-        self._youngest = 0
+        self._youngest = (0, 0)
+        """The last one's order, while all are in order."""
         self._in_order = True
 
     def add(self, request: EngineRequest) -> None:
@@ -26,7 +28,7 @@ class ArrivalQueue:
         if request.key in self._by_key:
             return
         self._by_key[request.key] = request
-        if request.order >= self._youngest:
+        if not self._by_key or request.order >= self._youngest:
             self._youngest = request.order
         else:
             self._in_order = False
@@ -56,5 +58,8 @@ class ArrivalQueue:
 
     def _sort(self) -> None:
         if not self._in_order:
-            self._by_key = dict(sorted(self._by_key.items(), key=lambda item: item[1].order))
+            in_order = sorted(self._by_key.items(), key=lambda item: item[1].order)
+            self._by_key = dict(in_order)
             self._in_order = True
+            if in_order:
+                self._youngest = in_order[-1][1].order

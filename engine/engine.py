@@ -20,7 +20,7 @@ from engine.fetching import Fetching
 from engine.rate import PrefillRate
 from engine.request import EngineRequest, RequestState
 from engine.scheduler import EngineConfig, Scheduler
-from engine.step import BlockReady, Missing, Row, Runner, Sampled, StepOutput, TokenOut
+from engine.step import BlockReady, Failed, Missing, Row, Runner, Sampled, StepOutput, TokenOut
 from mesh.blockhash import BlockHash
 from mesh.messages import Load
 
@@ -123,11 +123,12 @@ class Engine:
         rows = self._scheduler.schedule(began)
         num_tokens = sum([row.num_tokens for row in rows])
         results = self._runner.run(rows) if rows else []
-        tokens, ready = self._update(rows, results)
+        failed: list[Failed] = []
+        tokens, ready = self._update(rows, results, failed)
         self._rate.measure(rows, num_tokens, self._clock() - began)
         self.num_steps += 1
         stored, removed = self.pool.index.take_events()
-        return StepOutput(tuple(tokens), tuple(ready), stored, removed, num_tokens)
+        return StepOutput(tuple(tokens), tuple(ready), stored, removed, num_tokens, tuple(failed))
 
     def load(self) -> Load:
         """The state after the last step. Linear in the requests: meant for beats, not for every step."""
@@ -162,7 +163,7 @@ class Engine:
     def _take_in(self, request: EngineRequest) -> None:
         self._check_fits(request)
         self._num_arrived += 1
-        request.order = self._num_arrived
+        request.order = (request.params.priority, self._num_arrived)
         request.num_initial_tokens = len(request.tokens)
         request.arrived = request.arrived or self._clock()
         self._requests[request.key] = request
@@ -171,6 +172,8 @@ class Engine:
         num_tokens, params = len(request.tokens), request.params
         if request.key in self._requests:
             raise CannotFit("internal", f"request {request.key} is here already")
+        if params.grammar is not None and request.matcher is None:
+            raise CannotFit("internal", f"request {request.key} has a grammar that nobody compiled")
         if not 0 < request.num_prompt_tokens <= num_tokens or request.num_output_tokens >= params.max_tokens:
             raise CannotFit("internal", f"request {request.key} has no prompt or nothing left to generate")
         if num_tokens >= self.config.max_model_len:
@@ -187,7 +190,9 @@ class Engine:
                 f"{longest} tokens need {needed} KV blocks; this worker has {self.pool.num_blocks}",
             )
 
-    def _update(self, rows: Sequence[Row], results: Sequence[Sampled]) -> tuple[list[TokenOut], list[BlockReady]]:
+    def _update(
+        self, rows: Sequence[Row], results: Sequence[Sampled], failed: list[Failed]
+    ) -> tuple[list[TokenOut], list[BlockReady]]:
         tokens: list[TokenOut] = []
         ready: list[BlockReady] = []
         block_tokens = self._blocks.block_tokens
@@ -198,7 +203,10 @@ class Engine:
                 self._blocks.seal(request)
             if result.prompt_logprobs and request.wants_prompt_logprobs:
                 request.prompt_logprobs.extend(result.prompt_logprobs)
-            if request.num_computed_tokens == len(request.tokens):
+            if result.failure is not None:
+                failed.append(Failed(request, result.failure))
+                self._end(request)
+            elif request.num_computed_tokens == len(request.tokens):
                 tokens.append(self._accept(request, result))
             if request.hold and request.state is not RequestState.FINISHED:
                 ready.extend(self._blocks.newly_ready(request))
@@ -227,6 +235,8 @@ class Engine:
     def _finish(self, request: EngineRequest, token: int) -> str | None:
         """Why the request ends with `token`, its last, or None."""
         params, num_output = request.params, request.num_output_tokens
+        if request.matcher is not None and token in request.matcher.eos_token_ids:
+            return "stop"
         if token in params.stop_token_ids and num_output >= params.min_tokens:
             return "stop"
         if num_output >= params.max_tokens or len(request.tokens) >= self.config.max_model_len:

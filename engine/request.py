@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from engine.grammar import Matcher
 from mesh.messages import TokenLogprob
 from mesh.params import SamplingParams
 
@@ -44,6 +45,8 @@ class EngineRequest:
     """Leave this engine after so many new tokens (a prefill worker: 1)."""
     hold: bool = False
     """Keep the blocks referenced after leaving by `stop_after`."""
+    matcher: Matcher | None = None
+    """Of `params.grammar`; whoever hands the request in has compiled it."""
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -65,8 +68,8 @@ class EngineRequest:
     num_preemptions: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     """Collected over the prompt's chunks: entry i is about `tokens[i + 1]`."""
-    order: int = 0
-    """Arrival order in this engine, from 1; priority and preemption go by it."""
+    order: tuple[int, int] = (0, 0)
+    """(priority, arrival in this engine, from 1): scheduling and preemption go by it."""
     num_initial_tokens: int = 0
     """Tokens the request came with; its blocks and tail are what a peer fetches."""
     arrived: float = 0.0

@@ -104,7 +104,7 @@ class ModelRunner:
             logits = self._model.logits(hidden.index_select(0, self._ints(last)))
             drawn = sample(logits, [rows[i].request for i in sampling])
             for i, one in zip(sampling, drawn, strict=True):
-                results[i] = Sampled(one.token, one.logprob, prompt[i])
+                results[i] = Sampled(one.token, one.logprob, prompt[i], one.failure)
         return results
 
     @torch.inference_mode()

@@ -1,7 +1,8 @@
 """From logits to tokens, for many requests at once.
 
-    logits ─ penalties ─ logit_bias ─ min_tokens ─┬─ log-probabilities
-                                                  └─ temperature ─ top_k ─ top_p ─ min_p ─ draw
+    logits ─ penalties ─ logit_bias ─ min_tokens ─ bad_words ─ allowed_token_ids ─ grammar ─┬─ log-probabilities
+                                                                                            └─ draw
+    draw: temperature ─ top_k ─ top_p ─ min_p
 
 A row's result depends on its logits, its params and its tokens only, never on the rows beside it: the random number is
 a pure function of (seed, choice, position), sums run over token ids in order, and ties are settled by token id.
@@ -16,14 +17,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.grammar import Matcher
 from engine.request import EngineRequest
 from engine.step import Sampled
+from mesh.errors import GrammarError
 from mesh.messages import TokenLogprob
 
 DRAW_ELEMENTS = 1 << 23
 """Elements of the float64 work space of one draw (64 MiB); more rows are drawn in turns."""
 TOP_P_CANDIDATES = 1024
 """Tried before a full sort: nearly every nucleus is smaller."""
+MASKS_S = 0.5
+"""Processor time for the masks of one step. A batch of JSON takes a hundredth; with more than this, every stream of
+the worker would stutter, so requests with slow grammars end."""
+SLOW_MASK_S = 0.005
 MASK = (1 << 64) - 1
 
 
@@ -34,10 +41,13 @@ def sample(logits: Tensor, requests: Sequence[EngineRequest]) -> list[Sampled]:
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(requests)} requests")
     if not requests:
         return []
-    logits = _adjusted(logits, requests)
+    logits, failures = _adjusted(logits, requests)
     tokens = _draw(logits, requests)
     logprobs = _logprobs(logits, requests, tokens)
-    return [Sampled(token, logprob) for token, logprob in zip(tokens.tolist(), logprobs, strict=True)]
+    results = [Sampled(token, logprob) for token, logprob in zip(tokens.tolist(), logprobs, strict=True)]
+    for row, failure in failures.items():
+        results[row] = Sampled(None, failure=failure)
+    return results
 
 
 def prompt_logprobs(logits: Tensor, next_tokens: Sequence[int], top: int) -> tuple[TokenLogprob, ...]:
@@ -64,19 +74,24 @@ def _splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _adjusted(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
-    """Logits after penalties, bias and suppression; the same tensor where no row asks for any."""
+def _adjusted(logits: Tensor, requests: Sequence[EngineRequest]) -> tuple[Tensor, dict[int, str]]:
+    """Logits after penalties, bias, suppression and grammars, the same tensor where no row asks for any; and the rows
+    whose grammar cannot be followed, with the reason."""
     repeated, counted, biased = [], [], []
+    constrained: list[tuple[int, Matcher]] = []
     for row, request in enumerate(requests):
         params = request.params
         if params.repetition_penalty != 1.0:
             repeated.append(row)
         if params.presence_penalty or params.frequency_penalty:
             counted.append(row)
-        if params.logit_bias or request.num_output_tokens < params.min_tokens:
+        suppresses = request.num_output_tokens < params.min_tokens or params.bad_words or params.allowed_token_ids
+        if params.logit_bias or suppresses:
             biased.append(row)
-    if not repeated and not counted and not biased:
-        return logits
+        if request.matcher is not None:
+            constrained.append((row, request.matcher))
+    if not repeated and not counted and not biased and not constrained:
+        return logits, {}
     logits = logits.clone(memory_format=torch.contiguous_format)
     if repeated:
         _repetition(logits, repeated, requests)
@@ -84,7 +99,7 @@ def _adjusted(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
         _presence_and_frequency(logits, counted, requests)
     if biased:
         _bias(logits, biased, requests)
-    return logits
+    return logits, _constrain(logits, constrained, requests) if constrained else {}
 
 
 def _repetition(logits: Tensor, rows: Sequence[int], requests: Sequence[EngineRequest]) -> None:
@@ -113,14 +128,57 @@ def _bias(logits: Tensor, rows: Sequence[int], requests: Sequence[EngineRequest]
     for row in rows:
         request = requests[row]
         at += [(row, token, bias) for token, bias in request.params.logit_bias if 0 <= token < vocab]
-        if request.num_output_tokens < request.params.min_tokens:
+        if request.num_output_tokens < request.params.min_tokens and request.matcher is None:
             suppressed += [(row, token) for token in request.params.stop_token_ids if 0 <= token < vocab]
+        suppressed += [(row, token) for token in _completing(request) if 0 <= token < vocab]
     if at:
         row_ids, tokens, values = zip(*at, strict=True)
         logits.index_put_(_positions(row_ids, tokens, logits), _tensor(values, logits), accumulate=True)
     if suppressed:
         row_ids, tokens = zip(*suppressed, strict=True)
         logits.index_put_(_positions(row_ids, tokens, logits), _tensor([float("-inf")], logits))
+    for row in rows:
+        allowed = [token for token in requests[row].params.allowed_token_ids if 0 <= token < vocab]
+        if allowed:
+            ids = torch.tensor(allowed, device=logits.device)
+            kept = logits[row, ids]
+            logits[row] = float("-inf")
+            logits[row, ids] = kept
+
+
+def _completing(request: EngineRequest) -> list[int]:
+    """The tokens with which the output would end on a bad word."""
+    tokens, num_output = request.tokens, request.num_output_tokens
+    completing = []
+    for *before, last in request.params.bad_words:
+        begins = len(tokens) - len(before)
+        if len(before) <= num_output and tokens[begins:] == before:
+            completing.append(last)
+    return completing
+
+
+def _constrain(
+    logits: Tensor, constrained: Sequence[tuple[int, Matcher]], requests: Sequence[EngineRequest]
+) -> dict[int, str]:
+    """Leaves only what each row's grammar allows; the rows that fail, with the reason."""
+    failures: dict[int, str] = {}
+    spent = 0.0
+    for row, matcher in constrained:
+        if spent > MASKS_S and matcher.cost_s > SLOW_MASK_S:
+            failures[row] = "its grammar takes too much time"
+            continue
+        request = requests[row]
+        try:
+            flags = matcher.allowed(request.tokens, request.num_prompt_tokens, request.params)
+        except GrammarError as error:
+            failures[row] = str(error)  # something is drawn for it too, and thrown away
+            continue
+        finally:
+            spent += matcher.cost_s
+        banned = torch.from_numpy(~flags[: logits.shape[1]]).to(logits.device)
+        logits[row, : len(banned)].masked_fill_(banned, float("-inf"))
+        logits[row, len(banned) :] = float("-inf")
+    return failures
 
 
 def _places(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Tensor) -> npt.NDArray[np.int64]:
@@ -235,13 +293,16 @@ def _top_logprobs(logits: Tensor, tokens: Tensor, tops: Sequence[int]) -> list[T
     """`logits`: `[n, vocab]`, `tokens`: `[n]`, one number of alternatives per row. A token that cannot be drawn at
     all is no alternative."""
     logprobs = torch.log_softmax(logits.float(), dim=1)
-    own = logprobs.gather(1, tokens[:, None]).squeeze(1).tolist()
+    own = logprobs.gather(1, tokens[:, None])
+    ranks = ((logprobs > own).sum(dim=1) + 1).tolist()
     best = logprobs.topk(min(max(tops), logits.shape[1]), dim=1)
-    rows = zip(tokens.tolist(), own, best.indices.tolist(), best.values.tolist(), tops, strict=True)
+    rows = zip(
+        tokens.tolist(), own.squeeze(1).tolist(), best.indices.tolist(), best.values.tolist(), tops, ranks, strict=True
+    )
     result = []
-    for token, logprob, ids, values, top in rows:
+    for token, logprob, ids, values, top, rank in rows:
         kept = [(i, v) for i, v in zip(ids[:top], values[:top], strict=True) if v > float("-inf")]
-        result.append(TokenLogprob(token, logprob, tuple(i for i, _ in kept), tuple(v for _, v in kept)))
+        result.append(TokenLogprob(token, logprob, tuple(i for i, _ in kept), tuple(v for _, v in kept), rank))
     return result
 
 

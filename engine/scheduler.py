@@ -3,6 +3,8 @@
 There are no phases: a request owes tokens, a step spends a budget on what is owed. RUNNING requests come first, the
 oldest first; what is left of the budget admits WAITING ones, the oldest first.
 
+Older and younger are meant among requests of one priority; one of a higher priority is older than all of a lower.
+
 Who gets the pages when they run out: age decides. A request may take the pages of a younger one and of nobody else, so
 the oldest always progresses, and what was taken is computed (or found in the prefix cache) again.
 """

@@ -9,6 +9,8 @@ With `M = 2^64`, `A` odd, `g` = splitmix64 and `v[-1] = seed`:
     v[p] = A * v[p-1] + g(token[p])            mod M     the content of position p
     d[n] = sum of (v[p] * B^p for p < n)       mod M     B odd: one changed position always changes the sum
     token[n] = first_token + g(d[n]) mod (vocab - first_token)
+
+Where a request has a grammar, the next token is the `g(d[n])`-th, modulo their number, of those that may follow.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.step import Row, Sampled
+from mesh.errors import GrammarError
 from mesh.layout import KvLayout
 from mesh.messages import TokenLogprob
 from mesh.settings import WorkerSettings
@@ -75,8 +78,8 @@ def expected_tokens(
 
 
 class SimRunner:
-    """See `engine.step.Runner`. Sampling params are ignored, except that log-probabilities have the asked-for shape
-    (0.0 for the token itself)."""
+    """See `engine.step.Runner`. Sampling params are ignored, except that grammars hold and log-probabilities have the
+    asked-for shape (0.0 for the token itself)."""
 
     def __init__(
         self,
@@ -183,7 +186,15 @@ class SimRunner:
         prompt = self._prompt_logprobs(row) if request.wants_prompt_logprobs else ()
         if digest is None:
             return Sampled(None, prompt_logprobs=prompt)
-        token = self._first_token + splitmix64(digest) % (self._vocab - self._first_token)
+        number = splitmix64(digest)
+        token = self._first_token + number % (self._vocab - self._first_token)
+        if request.matcher is not None:
+            try:
+                flags = request.matcher.allowed(request.tokens, request.num_prompt_tokens, request.params)
+            except GrammarError as error:
+                return Sampled(None, failure=str(error))
+            allowed = np.flatnonzero(flags)
+            token = int(allowed[number % len(allowed)])
         top = request.params.logprobs
         return Sampled(token, None if top is None else self._logprob(token, top), prompt)
 

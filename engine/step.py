@@ -36,10 +36,12 @@ class Sampled:
     """What the model says of one row."""
 
     token: int | None
-    """None for a row that does not catch up."""
+    """None for a row that does not catch up, or fails."""
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """For the row's prompt positions when asked for: entry i is about the token after the row's i-th position."""
+    failure: str | None = None
+    """Why no token can follow: the request's grammar has none, or became too complex."""
 
 
 class Runner(Protocol):
@@ -94,6 +96,14 @@ class BlockReady:
 
 
 @dataclass(frozen=True, slots=True)
+class Failed:
+    """A request that ended without a finish; no other engine could do better."""
+
+    request: EngineRequest
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
     """Everything a step changed that somebody outside may care about."""
 
@@ -103,3 +113,4 @@ class StepOutput:
     """Names of full blocks that became reusable since the last step."""
     removed: tuple[bytes, ...]
     num_scheduled_tokens: int
+    failed: tuple[Failed, ...] = ()

@@ -3,6 +3,7 @@
 KvmeshError
 ├── StartupError           a process cannot start; carries the exit code (one line on stderr, no traceback)
 ├── BadFrame               bytes from a socket that are not one of our messages
+├── GrammarError           a grammar that is wrong, too complex, or not satisfied by given tokens
 └── RequestError           a client's request fails; carries HTTP status, OpenAI type/code/param and Retry-After
 """
 
@@ -33,6 +34,10 @@ class StartupError(KvmeshError):
 
 class BadFrame(KvmeshError):
     """A frame that does not decode to a message; the only exception the decoders raise."""
+
+
+class GrammarError(KvmeshError):
+    """`str()` says what is wrong, in the client's words where they are at fault."""
 
 
 class RequestError(KvmeshError):

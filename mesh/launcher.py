@@ -24,7 +24,7 @@ from mesh import environment, options
 from mesh.console import Console
 from mesh.errors import EXIT_PORT, EXIT_USAGE, StartupError
 from mesh.lifecycle import Kind, Lifecycle
-from mesh.modeldir import DEMO_MODEL, check_model_dir, model_name
+from mesh.modeldir import DEMO_MODEL, check_model_dir, model_names
 from mesh.screen import MeshFacts, WorkerRow, start_screen
 from mesh.settings import ProxySettings, UpSettings, WorkerSettings
 from mesh.store import Store, choose_store
@@ -190,7 +190,7 @@ def mesh_facts(launch: Launch, supervisor: Supervisor) -> MeshFacts:
     model = Path(launch.proxy.model)
     return MeshFacts(
         url=base_url(launch.proxy),
-        model=model_name(model, launch.proxy.served_model_name),
+        model=model_names(model, launch.proxy.served_model_name)[0],
         model_path=str(model),
         store=launch.store.description,
         proxy_pid=pids["proxy"],

@@ -83,6 +83,8 @@ class TokenLogprob:
     logprob: float
     top_tokens: TokenIds
     top_logprobs: tuple[float, ...]
+    rank: int = 1
+    """Of the token itself: 1 for the most likely one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +225,7 @@ class Refused:
     attempt: int
     code: str
     """`draining`, `blocks_missing`, `stale_incarnation`, `too_long`, `no_memory`, `deadline`, `wrong_role`,
-    `internal`."""
+    `grammar`, `internal`."""
     message: str
     retryable: bool
     """True: another worker may succeed."""

@@ -30,9 +30,9 @@ def check_model_dir(path: Path) -> None:
         raise _refusal(f"{path} holds no tokenizer.json")
 
 
-def model_name(path: Path, served_model_name: str = "") -> str:
-    """The name that clients use: the operator's, or the directory's."""
-    return served_model_name or path.resolve().name
+def model_names(path: Path, served_model_name: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The names that clients may use, each once: the operator's, or the directory's. The first is the model's own."""
+    return tuple(dict.fromkeys(served_model_name)) or (path.resolve().name,)
 
 
 def _refusal(sentence: str) -> StartupError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mesh.wire import TokenIds
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -34,10 +36,21 @@ class SamplingParams:
     choice: int = 0
     logprobs: int | None = None
     """None: none. k: the sampled token's log-probability and the k most likely tokens'. Before temperature
-    and truncation, after penalties and bias, from float32 log-softmax."""
+    and truncation, after penalties, bias and grammar, from float32 log-softmax."""
     prompt_logprobs: int | None = None
     """As `logprobs`, for the prompt's tokens. Such a request uses no cached prefix."""
     stop_token_ids: tuple[int, ...] = ()
     """Generation ends with the first of these; the token is part of the output (the proxy hides it)."""
     min_tokens: int = 0
-    """`stop_token_ids` cannot be drawn before this many tokens were generated."""
+    """`stop_token_ids` cannot be drawn before this many tokens were generated (unless a grammar allows nothing
+    else)."""
+    allowed_token_ids: TokenIds = ()
+    """No other token can be drawn; empty means any. The proxy sees to it that what is forbidden elsewhere in here
+    leaves one."""
+    bad_words: tuple[TokenIds, ...] = ()
+    """Each a sequence that the output must not hold: its last token cannot be drawn after the others."""
+    priority: int = 0
+    """Of two requests of a worker the one with the lower number goes first; among equals, age decides."""
+    grammar: str | None = None
+    """What the output must be (`mesh.grammar`): a token that cannot continue it is not drawn. Its end is an
+    end-of-sequence token, which then always ends the request."""

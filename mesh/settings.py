@@ -41,7 +41,11 @@ class WorkerSettings:
     engine: str = _flag("model, or sim: no weights, a cost model's time", "model", choices=("model", "sim"))
     sim_step_s: float = _flag("--engine sim: seconds of one step", 0.001, minimum=0.0)
     sim_prefill_token_s: float = _flag("--engine sim: seconds per prompt token", 0.00002, minimum=0.0)
-    served_model_name: str = _flag("name clients use (default: the directory's name)", "")
+    served_model_name: tuple[str, ...] = _flag(
+        "name clients use; repeatable: the first is the model's, the others its aliases "
+        "(default: the directory's name)",
+        (),
+    )
     metrics_bind: str = _flag("HOST:PORT of /metrics and /health; empty: none", "127.0.0.1:0")
     drain_timeout: float = _flag("seconds to finish running requests on SIGTERM", 30.0, minimum=0.0)
     log_level: str = _flag("least severe lines to print", "info", choices=LOG_LEVELS)
@@ -56,7 +60,14 @@ class ProxySettings:
     port: int = _flag("HTTP port", 8000, minimum=0, maximum=MAX_PORT)
     control: str = _flag("control address that workers dial: ipc://PATH or tcp://HOST:PORT", "tcp://127.0.0.1:7400")
     store: str = _flag("where residency lives: memory or redis://HOST:PORT/DB", "memory")
-    served_model_name: str = _flag("name clients use (default: the directory's name)", "")
+    served_model_name: tuple[str, ...] = _flag(
+        "name clients use; repeatable: the first is the model's, the others its aliases "
+        "(default: the directory's name)",
+        (),
+    )
+    scheduling_policy: str = _flag(
+        "fcfs: in order of arrival; priority: a request's `priority` first", "fcfs", choices=("fcfs", "priority")
+    )
     max_body_bytes: int = _flag("largest request body", 10 << 20, minimum=1)
     max_concurrent_requests: int = _flag("requests in flight; more get 503", 2048, minimum=1)
     request_timeout: float = _flag("seconds one request may take", 600.0, above=0.0)

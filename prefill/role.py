@@ -100,7 +100,7 @@ class PrefillRole:
     def rejected(self, event: Rejected) -> None:
         job = self._streams.get(event.key)
         if job is not None:
-            self._parts.refuse(job, event.code, event.message, retryable=True)
+            self._parts.refuse(job, event.code, event.message, retryable=event.retryable)
             self._end(job)
 
     def transferred(self, events: Iterable[KvEvent]) -> None:

@@ -26,6 +26,7 @@ import uvloop
 
 from mesh import environment, host, logs, options, startup
 from mesh.errors import EXIT_PORT, EXIT_USAGE, StartupError
+from mesh.modeldir import model_names
 from mesh.progress import report
 from mesh.settings import ProxySettings
 from mesh.store import check_store
@@ -162,11 +163,11 @@ async def serve_http(
     dispatcher: MeshDispatcher,
     fleet_metrics: FleetCollector,
 ) -> None:
-    name = settings.served_model_name or Path(settings.model).resolve().name
+    name, *aliases = model_names(Path(settings.model), settings.served_model_name)
     metrics = ProxyMetrics(name)
     metrics.registry.register(fleet_metrics)
     door = Door(settings.max_concurrent_requests)
-    app = create_app(dispatcher, tokenizer, settings, name, metrics=metrics, door=door)
+    app = create_app(dispatcher, tokenizer, settings, name, aliases=aliases, metrics=metrics, door=door)
     config = uvicorn.Config(
         app,
         http=HttpConnection,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
@@ -18,7 +18,9 @@ from proxy.api.health import health_router
 from proxy.api.middleware import Admission, BodyLimit, Edge
 from proxy.api.models import models_router
 from proxy.api.service import Service, unix_now
+from proxy.api.tokenize import tokenize_router
 from proxy.generation import Dispatcher
+from proxy.grammars import GrammarCheck
 from proxy.metrics import ProxyMetrics
 
 KEEP_ALIVE_S = 15.0
@@ -31,12 +33,13 @@ def create_app(
     settings: ProxySettings,
     model_name: str,
     *,
+    aliases: Sequence[str] = (),
     metrics: ProxyMetrics | None = None,
     metrics_text: Callable[[], bytes] | None = None,
     door: Door | None = None,
     keep_alive_s: float = KEEP_ALIVE_S,
 ) -> FastAPI:
-    """The application that serves `dispatcher`'s workers as `model_name`.
+    """The application that serves `dispatcher`'s workers as `model_name`, and under its `aliases`.
 
     `metrics.registry` takes what other parts of the proxy measure; `metrics_text` adds text in Prometheus' classic
     format instead. `door` is how a shutdown is announced: the caller keeps it, sets `door.draining` and waits for
@@ -44,7 +47,17 @@ def create_app(
     """
     metrics = metrics or ProxyMetrics(model_name)
     door = door or Door(settings.max_concurrent_requests)
-    service = Service(dispatcher, tokenizer, settings, model_name, metrics, keep_alive_s, unix_now())
+    service = Service(
+        dispatcher,
+        tokenizer,
+        settings,
+        model_name,
+        metrics,
+        keep_alive_s,
+        unix_now(),
+        GrammarCheck(tokenizer),
+        (model_name, *aliases),
+    )
     app = FastAPI(
         title="kvmesh",
         version=__version__,
@@ -61,6 +74,7 @@ def create_app(
     for router in (
         chat_router(service),
         completions_router(service),
+        tokenize_router(service),
         models_router(service),
         health_router(service, door, metrics_text),
     ):

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from mesh import __version__
 from mesh.messages import PrefillReport, TokenLogprob
 from mesh.params import SamplingParams
 
@@ -79,6 +80,13 @@ class ModelFacts:
 
     max_model_len: int
     block_tokens: int
+    digest: bytes
+    """Of the model's weights and configuration."""
+
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's `system_fingerprint`: changes with the version and the model."""
+        return f"kvmesh-{__version__}-{self.digest.hex()[:8]}"
 
 
 class Dispatcher(Protocol):

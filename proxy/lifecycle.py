@@ -341,6 +341,8 @@ def _refused(state: ChoiceState, event: WorkerRefused, now: float) -> Step:
 def _final_refusal(event: WorkerRefused) -> Fail:
     if event.code == "too_long":
         return Fail(400, event.message, "invalid_request_error", "context_length_exceeded")
+    if event.code == "grammar":
+        return Fail(400, event.message, "invalid_request_error", "invalid_schema")
     if event.code == "deadline":
         return Fail(504, "The request's time is over.", SERVER, "timeout")
     return Fail(500, f"The worker could not serve the request: {event.message}", SERVER, event.code)

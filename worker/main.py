@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,11 +25,13 @@ from mesh import environment, host, logs, options, startup
 from mesh.errors import EXIT_WORKER, StartupError
 from mesh.messages import BlockEvents, WorkerInfo
 from mesh.metrics import MetricsServer
-from mesh.modeldir import model_name
+from mesh.modeldir import model_names
 from mesh.params import SamplingParams
 from mesh.progress import report
 from mesh.residency import open_publisher
 from mesh.settings import WorkerSettings
+from mesh.tokenizer import Tokenizer
+from worker.grammars import Grammars
 from worker.metrics import WorkerMetrics
 from worker.process import Station, WorkerProcess
 from worker.role import Parts, Role
@@ -43,6 +46,8 @@ WARM_UP_TOKENS = 256
 MIN_STEP_BOUND_S = 5.0
 """A step that is merely slow (a page fault storm, a noisy neighbour) must not count as hung."""
 STEP_BOUND_FACTOR = 20
+STACK_BYTES = 8 << 20
+"""Of every thread. Grammars are compiled by recursion; the proxy lets those through that need a quarter of this."""
 SWITCH_INTERVAL_S = 0.0002
 """The I/O thread gives the interpreter lock up at every socket call and must get it back from the step loop's thread;
 with Python's default of 5 ms, a turn of twenty calls could take a tenth of a second."""
@@ -72,7 +77,9 @@ def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
     """Runs one worker until it is drained; returns its exit code. Raises `StartupError`."""
     began = time.monotonic()
     set_threads(settings.threads)
+    threading.stack_size(STACK_BYTES)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    grammars = Grammars(lambda: Tokenizer.load(settings.model))
     runner = load_runner(settings)
     budget = settings.max_num_batched_tokens or (CPU_STEP_TOKENS if settings.device == "cpu" else CUDA_STEP_TOKENS)
     engine = Engine(runner, EngineConfig(settings.max_num_seqs, budget, runner.max_model_len))
@@ -98,7 +105,7 @@ def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
         kv_address=kv.address,
         host=host.identity(),
         pid=os.getpid(),
-        model=model_name(Path(settings.model), settings.served_model_name),
+        model=model_names(Path(settings.model), settings.served_model_name)[0],
         model_digest=runner.digest,
         layout=runner.layout,
         total_blocks=runner.num_blocks,
@@ -117,7 +124,7 @@ def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
 
     publisher = open_publisher(settings.store, info, publish_directly)
     process = WorkerProcess(
-        Station(info, engine, kv, publisher, metrics, settings.proxy, settings.drain_timeout),
+        Station(info, engine, kv, publisher, metrics, grammars, settings.proxy, settings.drain_timeout),
         context,
         make_role,
     )

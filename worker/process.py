@@ -41,6 +41,7 @@ from mesh.messages import (
 from mesh.metrics import Health
 from mesh.residency import Publisher
 from mesh.wire import Envelope
+from worker.grammars import Grammars
 from worker.links import ProxyLink
 from worker.metrics import WorkerMetrics
 from worker.role import Parts, Replies, Role
@@ -74,6 +75,7 @@ class Station:
     kv: KvEndpoint
     publisher: Publisher
     metrics: WorkerMetrics
+    grammars: Grammars
     proxies: tuple[str, ...]
     drain_timeout: float
 
@@ -92,7 +94,7 @@ class WorkerProcess:
         self._clock = clock
         self._events: queue.SimpleQueue[LoopEvent] = queue.SimpleQueue()
         self._wake = Wakeup()
-        self._loop = StepLoop(station.engine, self._emit, clock)
+        self._loop = StepLoop(station.engine, self._emit, station.grammars, clock)
         self._links = [ProxyLink(context, address, station.info) for address in station.proxies]
         self._replies = Replies()
         self._role = make_role(
@@ -285,6 +287,7 @@ class WorkerProcess:
         for link in self._links:
             link.flush()
         self._loop.stop(STOP_TIMEOUT_S)
+        self._station.grammars.close()
         self._publisher.close()
         self._station.kv.close()
         for link in self._links:

@@ -16,9 +16,12 @@ from functools import partial
 
 from engine.engine import Engine
 from engine.errors import CannotFit
+from engine.grammar import Matcher
 from engine.request import EngineRequest
 from engine.step import Missing, StepOutput
+from mesh.errors import GrammarError
 from mesh.messages import Load
+from worker.grammars import Grammars
 
 BEAT_EVERY_S = 0.2
 """Well under the proxy's shortest time-out, far over the cost of one message."""
@@ -54,11 +57,13 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A request that this engine can never serve."""
+    """A request that this engine can never serve, or not to its end."""
 
     key: str
     code: str
     message: str
+    retryable: bool = True
+    """Another worker may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +95,17 @@ class StepLoop:
     """Runs `engine` on a thread of its own. Every public method may be called from any thread and returns at once."""
 
     def __init__(
-        self, engine: Engine, emit: Callable[[LoopEvent], None], clock: Callable[[], float] = time.monotonic
+        self,
+        engine: Engine,
+        emit: Callable[[LoopEvent], None],
+        grammars: Grammars,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._emit = emit
+        self._grammars = grammars
+        self._compiling: dict[str, EngineRequest] = {}
+        """Requests that wait for their grammar; the engine does not know them yet."""
         self._clock = clock
         self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._wanted: dict[str, frozenset[bytes]] = {}
@@ -111,11 +123,11 @@ class StepLoop:
         self._thread.join(timeout)
 
     def add(self, request: EngineRequest) -> None:
-        self._commands.put(partial(self._add, request))
+        self._commands.put(partial(self._prepare, request, self._add))
 
     def expect(self, request: EngineRequest) -> None:
         """Answered by `Expected` or `Rejected`."""
-        self._commands.put(partial(self._expect, request))
+        self._commands.put(partial(self._prepare, request, self._expect))
 
     def fill(self, key: str, index: int, payload: bytes | memoryview) -> None:
         self._commands.put(partial(self._engine.fill, key, index, payload))
@@ -124,7 +136,7 @@ class StepLoop:
         self._commands.put(partial(self._engine.ready, key, new_tokens))
 
     def abort(self, key: str) -> None:
-        self._commands.put(partial(self._engine.abort, key))
+        self._commands.put(partial(self._abort, key))
 
     def release(self, key: str) -> None:
         self._commands.put(partial(self._engine.release, key))
@@ -181,10 +193,37 @@ class StepLoop:
         ]
         self._progressed = output.num_scheduled_tokens > 0
         self._emit(Stepped(output, self._clock() - began, tuple(exported)))
+        for failed in output.failed:
+            self._emit(Rejected(failed.request.key, "grammar", failed.reason, retryable=False))
 
     def _payload(self, name: bytes) -> bytes | None:
         found = self._engine.export(name)
         return found[0] if found is not None else None
+
+    def _prepare(self, request: EngineRequest, take: Callable[[EngineRequest], None]) -> None:
+        """`take(request)`, once its grammar is compiled; the loop steps on meanwhile."""
+        grammar = request.params.grammar
+        if grammar is None:
+            take(request)
+            return
+        self._compiling[request.key] = request
+        self._grammars.compile(grammar, lambda m: self._commands.put(partial(self._compiled, request, take, m)))
+
+    def _compiled(
+        self, request: EngineRequest, take: Callable[[EngineRequest], None], matcher: Matcher | GrammarError
+    ) -> None:
+        if self._compiling.get(request.key) is not request:
+            return  # aborted
+        del self._compiling[request.key]
+        if isinstance(matcher, GrammarError):
+            self._emit(Rejected(request.key, "grammar", str(matcher), retryable=False))
+        else:
+            request.matcher = matcher
+            take(request)
+
+    def _abort(self, key: str) -> None:
+        self._compiling.pop(key, None)
+        self._engine.abort(key)
 
     def _add(self, request: EngineRequest) -> None:
         try:

@@ -12,7 +12,7 @@ class InFlight:
     """Full blocks that a RUNNING request computes or a FETCHING one awaits, each with its requests."""
 
     def __init__(self) -> None:
-        self._requests: dict[BlockHash, dict[str, int]] = {}
+        self._requests: dict[BlockHash, dict[str, tuple[int, int]]] = {}
         self._names: dict[str, dict[BlockHash, None]] = {}
 
     def __len__(self) -> int:
@@ -42,7 +42,7 @@ class InFlight:
             self._drop(request.key, name)
 
     def ahead_of(self, request: EngineRequest, name: BlockHash) -> bool:
-        """A request that arrived before `request` is about to have the block."""
+        """A request before `request` is about to have the block."""
         requests = self._requests.get(name)
         return requests is not None and min(requests.values()) < request.order
 

@@ -1,8 +1,9 @@
-"""POST /v1/chat/completions."""
+"""POST /v1/chat/completions, and /render: the tokens of its prompt alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -10,24 +11,26 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from mesh.errors import RequestError
-from mesh.tokenizer import Tokenizer
 from proxy.api.answer import Usage
 from proxy.api.errors import unsupported
-from proxy.api.frames import Envelope, Frames
-from proxy.api.logprobs import chat_entry
+from proxy.api.frames import Envelope, Frames, json_response, rendered
+from proxy.api.logprobs import Spelling, chat_entry, prompt_entry, prompt_logprobs_of
 from proxy.api.messages import template_messages
 from proxy.api.sampling import (
     check_min_tokens,
+    check_prompt_logprobs,
     check_stream_options,
     sampling_params,
     text_options,
     token_budget,
+    truncated,
 )
-from proxy.api.schemas import ChatBody, openapi_body, validate
+from proxy.api.schemas import ChatBody, ConversationBody, openapi_body
 from proxy.api.service import Service, new_id, unix_now
 from proxy.api.sse import compact
+from proxy.api.structured import output_constraint
 from proxy.api.submit import answer, submit
-from proxy.api.tools import offered_tools
+from proxy.api.tools import Tools, offered_tools
 from proxy.generation import Chunk, Route
 from proxy.text.choice import Piece
 from proxy.text.toolcalls import ToolCall
@@ -37,6 +40,18 @@ ROUTE_HEADER = "x-kvmesh-route"
 """`1`: a stream's last frame tells which workers served."""
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the answer shows of every choice."""
+
+    n: int
+    prompt: list[int]
+    spelling: Spelling
+    logprobs: bool
+    prompt_logprobs: int | None
+    token_ids: bool
+
+
 def chat_router(service: Service) -> APIRouter:
     router = APIRouter()
 
@@ -44,28 +59,30 @@ def chat_router(service: Service) -> APIRouter:
     async def create_chat_completion(request: Request) -> Response:
         """Answers a conversation, whole or as a stream of server-sent events."""
         arrived = perf_counter()
-        body = validate(ChatBody, await service.read_json(request))
-        service.check_model(body.model)
-        check_chat(body)
-        tools = offered_tools(body, service.tokenizer)
-        tokens = await _prompt_tokens(service, body)
-        asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        budget = token_budget(asked, len(tokens), service.facts().max_model_len, "messages")
+        body, tools, tokens, budget = await _read(service, request)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        params = sampling_params(body, service.tokenizer, budget, logprobs, None)
+        grammar = await service.grammar(tools.constraint if tools else output_constraint(body))
+        params = sampling_params(body, service.tokenizer, budget, logprobs, body.prompt_logprobs, grammar)
         options = text_options(body)
-        n = body.n or 1
-        choices = [options.choice(service.tokenizer, tokens, tools=tools) for _ in range(n)]
-        envelope = Envelope(new_id("chatcmpl"), unix_now(), service.model_name)
+        shape = Shape(
+            n=body.n or 1,
+            prompt=tokens,
+            spelling=Spelling(service.tokenizer, bool(body.return_tokens_as_token_ids)),
+            logprobs=logprobs is not None,
+            prompt_logprobs=body.prompt_logprobs,
+            token_ids=bool(body.return_token_ids),
+        )
+        choices = [options.choice(service.tokenizer, tokens, tools=tools) for _ in range(shape.n)]
+        envelope = Envelope(new_id("chatcmpl"), unix_now(), body.model, service.facts().fingerprint)
         usage = Usage(prompt_tokens=len(tokens))
         generations = submit(service, body, envelope.id, [tokens], params, [budget])
         sink: ChatStream | ChatDocument
         if body.stream:
             show_route = request.headers.get(ROUTE_HEADER) == "1"
             frames = Frames(envelope, "chat.completion.chunk", body, usage, show_route=show_route)
-            sink = ChatStream(frames, n, service.tokenizer, logprobs=logprobs is not None)
+            sink = ChatStream(frames, shape)
         else:
-            sink = ChatDocument(envelope, n, usage, service.tokenizer, logprobs=logprobs is not None)
+            sink = ChatDocument(envelope, shape, usage)
         return answer(
             service,
             body,
@@ -79,7 +96,27 @@ def chat_router(service: Service) -> APIRouter:
             max_tokens=budget,
         )
 
+    @router.post("/v1/chat/completions/render", openapi_extra=openapi_body(ChatBody))
+    async def render_chat_completion(request: Request) -> Response:
+        """The prompt that a completion of this body would get, as token ids; nothing is generated."""
+        body, _, tokens, _ = await _read(service, request)
+        return json_response(rendered(new_id("chatcmpl"), body.model, tokens))
+
     return router
+
+
+async def _read(service: Service, request: Request) -> tuple[ChatBody, Tools | None, list[int], int]:
+    """The checked body, what the model may call, the prompt and how many tokens may follow it."""
+    body = await service.read(ChatBody, request)
+    check_chat(body)
+    service.check_priority(body.priority)
+    tools = offered_tools(body, service.tokenizer)
+    max_model_len = service.facts().max_model_len
+    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    tokens = await prompt_tokens(service, body, bounded=body.truncate_prompt_tokens is None)
+    tokens = truncated(body, tokens, asked, max_model_len)
+    check_prompt_logprobs(body, len(tokens))
+    return body, tools, tokens, token_budget(asked, len(tokens), max_model_len, "messages")
 
 
 def check_chat(body: ChatBody) -> None:
@@ -92,29 +129,30 @@ def check_chat(body: ChatBody) -> None:
     check_min_tokens(body.min_tokens, limit)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
-    if body.continue_final_message and body.add_generation_prompt:
-        raise RequestError(
-            400,
-            "continue_final_message and add_generation_prompt exclude each other.",
-            param="continue_final_message",
-        )
     if (body.model_extra or {}).get("echo"):
         raise unsupported("echo", "it is a parameter of /v1/completions")
 
 
-async def _prompt_tokens(service: Service, body: ChatBody) -> list[int]:
+async def prompt_tokens(service: Service, body: ConversationBody, *, bounded: bool = True) -> list[int]:
+    """Token ids of a conversation; see `Service.encode`. Raises `RequestError` 400."""
     chat = service.tokenizer.chat
     messages = template_messages(body.messages, knows_developer_role=chat is not None and chat.knows_developer_role)
     variables = _template_variables(body)
 
     def encoded() -> list[int]:
         text = service.tokenizer.render_chat(messages, body.tools, **variables)
-        return service.encode(text, special=bool(body.add_special_tokens), param="messages")
+        return service.encode(text, special=bool(body.add_special_tokens), param="messages", bounded=bounded)
 
     return await service.beside(encoded, sum(len(message["content"]) for message in messages))
 
 
-def _template_variables(body: ChatBody) -> dict[str, Any]:
+def _template_variables(body: ConversationBody) -> dict[str, Any]:
+    if body.continue_final_message and body.add_generation_prompt:
+        raise RequestError(
+            400,
+            "continue_final_message and add_generation_prompt exclude each other.",
+            param="continue_final_message",
+        )
     variables = dict(body.chat_template_kwargs or {})
     for name in RESERVED_TEMPLATE_NAMES & variables.keys():
         raise RequestError(400, f"chat_template_kwargs must not set {name}.", param=f"chat_template_kwargs.{name}")
@@ -130,26 +168,21 @@ def _template_variables(body: ChatBody) -> dict[str, Any]:
 class ChatStream:
     """Frames: the role, text as it comes, calls when they are whole, the finish reason; for each choice."""
 
-    def __init__(self, frames: Frames, n: int, tokenizer: Tokenizer, *, logprobs: bool) -> None:
+    def __init__(self, frames: Frames, shape: Shape) -> None:
         self._frames = frames
-        self._tokenizer = tokenizer
-        self._logprobs = logprobs
-        self._heads = [frames.head(i, '"delta":{"content":') for i in range(n)]
-        self._begun = [False] * n
+        self._shape = shape
+        self._heads = [frames.head(i, '"delta":{"content":') for i in range(shape.n)]
+        self._begun = [False] * shape.n
 
     def take(self, choice: int, chunk: Chunk, piece: Piece) -> bytes:
         frames = b""
         if not self._begun[choice]:
             self._begun[choice] = True
-            head = self._frames.head(choice, '"delta":{"role":"assistant","content":')
+            prompt = f',"prompt_token_ids":{compact(self._shape.prompt)}' if self._shape.token_ids else ""
+            head = self._frames.head(choice, '"delta":{"role":"assistant","content":', prompt)
             frames = self._frames.text(head, "", '},"logprobs":null,"finish_reason":null}')
-        if piece.text or (self._logprobs and piece.num_tokens):
-            rest = '},"logprobs":null,"finish_reason":null}'
-            if self._logprobs:
-                entries = [chat_entry(self._tokenizer, t) for t in chunk.logprobs[: piece.num_tokens]]
-                logprobs = compact({"content": entries, "refusal": None})
-                rest = f'}},"logprobs":{logprobs},"finish_reason":null}}'
-            frames += self._frames.text(self._heads[choice], piece.text, rest)
+        if piece.text or ((self._shape.logprobs or self._shape.token_ids) and piece.num_tokens):
+            frames += self._frames.text(self._heads[choice], piece.text, self._after_text(chunk, piece))
         for call in piece.calls:
             head = self._frames.head(choice, '"delta":{"tool_calls":[')
             delta = compact({"index": call.index, **call.object()})
@@ -159,6 +192,15 @@ class ChatStream:
             frames += self._frames.text(head, piece.finish, "}")
         return frames
 
+    def _after_text(self, chunk: Chunk, piece: Piece) -> str:
+        logprobs, token_ids = "null", ""
+        if self._shape.logprobs:
+            entries = [chat_entry(self._shape.spelling, t) for t in chunk.logprobs[: piece.num_tokens]]
+            logprobs = compact({"content": entries, "refusal": None})
+        if self._shape.token_ids:
+            token_ids = f',"token_ids":{compact(chunk.tokens[: piece.num_tokens])}'
+        return f'}},"logprobs":{logprobs},"finish_reason":null{token_ids}}}'
+
     def end(self, routes: Sequence[Route]) -> bytes:
         return self._frames.end(routes)
 
@@ -166,11 +208,13 @@ class ChatStream:
 class ChatDocument:
     """Collects every choice for one JSON answer."""
 
-    def __init__(self, envelope: Envelope, n: int, usage: Usage, tokenizer: Tokenizer, *, logprobs: bool) -> None:
+    def __init__(self, envelope: Envelope, shape: Shape, usage: Usage) -> None:
+        n = shape.n
         self._envelope = envelope
+        self._shape = shape
         self._usage = usage
-        self._tokenizer = tokenizer
-        self._logprobs = logprobs
+        self._prompt_logprobs: list[dict[str, Any] | None] | None = None
+        self._token_ids: list[list[int]] = [[] for _ in range(n)]
         self._texts: list[list[str]] = [[] for _ in range(n)]
         self._calls: list[list[ToolCall]] = [[] for _ in range(n)]
         self._entries: list[list[dict[str, Any]]] = [[] for _ in range(n)]
@@ -180,9 +224,14 @@ class ChatDocument:
         self._texts[choice].append(piece.text)
         self._calls[choice].extend(piece.calls)
         self._finishes[choice] = piece.finish
-        if self._logprobs:
+        self._token_ids[choice].extend(chunk.tokens[: piece.num_tokens])
+        shape = self._shape
+        if shape.logprobs:
             tokens = chunk.logprobs[: piece.num_tokens]
-            self._entries[choice].extend(chat_entry(self._tokenizer, token) for token in tokens)
+            self._entries[choice].extend(chat_entry(shape.spelling, token) for token in tokens)
+        if shape.prompt_logprobs is not None and self._prompt_logprobs is None:
+            found = prompt_logprobs_of(chunk, len(shape.prompt), shape.prompt_logprobs)
+            self._prompt_logprobs = [prompt_entry(shape.spelling.tokenizer, token) for token in found]
         return b""
 
     def end(self, routes: Sequence[Route]) -> bytes:
@@ -191,6 +240,10 @@ class ChatDocument:
             "choices": [self._choice(i) for i in range(len(self._texts))],
             "usage": self._usage.object(),
         }
+        if self._shape.prompt_logprobs is not None:
+            document["prompt_logprobs"] = self._prompt_logprobs
+        if self._shape.token_ids:
+            document["prompt_token_ids"] = self._shape.prompt
         return compact(document).encode()
 
     def _choice(self, choice: int) -> dict[str, Any]:
@@ -198,10 +251,13 @@ class ChatDocument:
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls:
             message |= {"content": text or None, "tool_calls": [call.object() for call in calls]}
-        logprobs = {"content": self._entries[choice], "refusal": None} if self._logprobs else None
-        return {
+        logprobs = {"content": self._entries[choice], "refusal": None} if self._shape.logprobs else None
+        fields = {
             "index": choice,
             "message": message,
             "logprobs": logprobs,
             "finish_reason": self._finishes[choice],
         }
+        if self._shape.token_ids:
+            fields["token_ids"] = self._token_ids[choice]
+        return fields

@@ -1,4 +1,4 @@
-"""GET /health (the process lives), /ready (a request would be served), /version, /metrics."""
+"""GET /health (the process lives), /ready (a request would be served), /version, /load, /metrics."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def health_router(service: Service, door: Door, metrics_text: Callable[[], bytes
     @router.get("/version")
     async def version() -> Response:
         return JSONResponse({"version": __version__})
+
+    @router.get("/load")
+    async def load() -> Response:
+        """How many requests that make work are inside now."""
+        return JSONResponse({"server_load": door.in_flight})
 
     @router.get("/metrics")
     async def metrics(request: Request) -> Response:

@@ -14,24 +14,25 @@ def models_router(service: Service) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        """The served model."""
-        return {"object": "list", "data": [model_card(service)]}
+        """The served model under each of its names."""
+        return {"object": "list", "data": [model_card(service, name) for name in service.model_names]}
 
     # Model names may have slashes.
     @router.get("/v1/models/{model_id:path}")
     async def retrieve_model(model_id: str) -> dict[str, Any]:
         """One model; 404 `model_not_found` for any other name."""
         service.check_model(model_id)
-        return model_card(service)
+        return model_card(service, model_id)
 
     return router
 
 
-def model_card(service: Service) -> dict[str, Any]:
-    """OpenAI's fields and those that serving tools read; `max_model_len` is null until a worker registered."""
+def model_card(service: Service, name: str) -> dict[str, Any]:
+    """OpenAI's fields and those that serving tools read. `root` is the model's own name; `max_model_len` is null until
+    a worker registered."""
     facts = service.dispatcher.model
     return {
-        "id": service.model_name,
+        "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "kvmesh",

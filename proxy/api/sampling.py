@@ -23,6 +23,11 @@ MAX_STOP_CHARS = 1000
 MAX_LOGIT_BIAS = 1024
 """Each entry travels to every worker of the request and is applied at every step."""
 MAX_STOP_TOKEN_IDS = 1024
+MAX_ALLOWED_TOKEN_IDS = 4096
+MAX_PROMPT_LOGPROBS = 1 << 18
+"""Of all choices: a million would fill the worker's message, and writing them would hold up everybody's streams."""
+MAX_BAD_WORDS = 256
+"""Each is compared with the end of the output at every step."""
 GREEDY_BELOW = 1e-5
 """Logits divided by less than this overflow float32; the distribution is one token's anyway."""
 SEEDS = 1 << 64
@@ -67,11 +72,18 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    grammar: str | None,
 ) -> SamplingParams:
     """The workers' share of `body`. Raises `RequestError` 400."""
-    stop_ids = _stop_token_ids(body.stop_token_ids or (), tokenizer)
+    stop_ids = _checked_ids("stop_token_ids", body.stop_token_ids or (), MAX_STOP_TOKEN_IDS, tokenizer)
     if not body.ignore_eos:
         stop_ids = tuple(dict.fromkeys((*stop_ids, *tokenizer.eos_token_ids)))
+    allowed = _allowed_token_ids(body.allowed_token_ids, tokenizer)
+    bad_words = _bad_words(body.bad_words or (), tokenizer)
+    _check_some_token_is_left(allowed, bad_words, stop_ids if body.min_tokens else (), tokenizer)
+    if grammar is not None and (allowed or bad_words):
+        param = "allowed_token_ids" if allowed else "bad_words"
+        raise RequestError(400, f"{param} cannot be combined with a form of the output.", param=param)
     defaults = tokenizer.sampling
     temperature = defaults.temperature if body.temperature is None else body.temperature
     penalty = defaults.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty
@@ -90,7 +102,25 @@ def sampling_params(
         prompt_logprobs=prompt_logprobs,
         stop_token_ids=stop_ids,
         min_tokens=min(body.min_tokens or 0, max_tokens),
+        allowed_token_ids=allowed,
+        bad_words=bad_words,
+        priority=body.priority or 0,
+        grammar=grammar,
     )
+
+
+def truncated(body: GenerationBody, tokens: list[int], asked: int | None, max_model_len: int) -> list[int]:
+    """What `truncate_prompt_tokens` leaves of a prompt; -1: as much as `asked` tokens of output leave room for."""
+    limit = body.truncate_prompt_tokens
+    if limit is None:
+        return tokens
+    if limit == 0 or limit > max_model_len:
+        raise RequestError(
+            400, f"truncate_prompt_tokens must be -1 or from 1 to {max_model_len}.", param="truncate_prompt_tokens"
+        )
+    if limit == -1:
+        limit = max(1, max_model_len - (asked or 1))
+    return tokens[:limit] if body.truncation_side == "right" else tokens[-limit:]
 
 
 def token_budget(asked: int | None, prompt_tokens: int, max_model_len: int, param: str) -> int:
@@ -161,11 +191,61 @@ def check_min_tokens(min_tokens: int | None, max_tokens: int | None) -> None:
         raise RequestError(400, "min_tokens must not be above max_tokens.", param="min_tokens")
 
 
-def _stop_token_ids(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[int, ...]:
-    if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise RequestError(400, f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids.", param="stop_token_ids")
-    if any(i >= tokenizer.vocab_size for i in ids):
+def check_prompt_logprobs(body: GenerationBody, prompt_tokens: int) -> None:
+    """`prompt_tokens`: of all prompts."""
+    if body.prompt_logprobs is None:
+        return
+    if body.stream:
+        raise RequestError(400, "prompt_logprobs are not available in a stream.", param="prompt_logprobs")
+    if prompt_tokens * (body.n or 1) * (body.prompt_logprobs + 1) > MAX_PROMPT_LOGPROBS:
         raise RequestError(
-            400, f"stop_token_ids must be token ids below {tokenizer.vocab_size}.", param="stop_token_ids"
+            400,
+            f"prompt_logprobs: prompt tokens times n times (prompt_logprobs + 1) may be at most {MAX_PROMPT_LOGPROBS}.",
+            param="prompt_logprobs",
         )
+
+
+def _checked_ids(name: str, ids: Sequence[int], limit: int, tokenizer: Tokenizer) -> tuple[int, ...]:
+    if len(ids) > limit:
+        raise RequestError(400, f"{name} may hold at most {limit} ids.", param=name)
+    if any(i >= tokenizer.vocab_size for i in ids):
+        raise RequestError(400, f"{name} must be token ids below {tokenizer.vocab_size}.", param=name)
     return tuple(ids)
+
+
+def _allowed_token_ids(ids: Sequence[int] | None, tokenizer: Tokenizer) -> tuple[int, ...]:
+    if ids is None:
+        return ()
+    if not ids:
+        raise RequestError(400, "allowed_token_ids must not be empty.", param="allowed_token_ids")
+    return tuple(dict.fromkeys(_checked_ids("allowed_token_ids", ids, MAX_ALLOWED_TOKEN_IDS, tokenizer)))
+
+
+def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """The token sequences of each word, at a text's beginning and after a space."""
+    if len(words) > MAX_BAD_WORDS:
+        raise RequestError(400, f"bad_words may hold at most {MAX_BAD_WORDS} words.", param="bad_words")
+    sequences: dict[tuple[int, ...], None] = {}
+    for word in words:
+        bare = word.lstrip()
+        if not 0 < len(bare) <= MAX_STOP_CHARS:
+            raise RequestError(
+                400, f"A bad word must have between 1 and {MAX_STOP_CHARS} characters.", param="bad_words"
+            )
+        plain = tuple(tokenizer.encode(bare, add_special_tokens=False))
+        spaced = tuple(tokenizer.encode(" " + bare, add_special_tokens=False))
+        sequences |= dict.fromkeys(s for s in (plain, spaced) if s)
+    return tuple(sequences)
+
+
+def _check_some_token_is_left(
+    allowed: Sequence[int], bad_words: Sequence[Sequence[int]], suppressed: Sequence[int], tokenizer: Tokenizer
+) -> None:
+    """Whatever the output, one token can be drawn: stricter than need be where long bad words end on the last one."""
+    forbidden = {word[-1] for word in bad_words} | set(suppressed)
+    if len(forbidden) >= tokenizer.vocab_size or (allowed and forbidden.issuperset(allowed)):
+        raise RequestError(
+            400,
+            "bad_words and min_tokens together may forbid every allowed token.",
+            param="allowed_token_ids" if allowed else "bad_words",
+        )

@@ -6,7 +6,8 @@ and ignored. Extras that would change the answer are refused by `refuse_unsuppor
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
@@ -31,13 +32,10 @@ INTERNAL_PARAMETERS = (
 """How other systems hand a transfer around: a client that could write these could read other tenants' blocks."""
 
 UNSUPPORTED_PARAMETERS = (
-    "allowed_token_ids",
     "audio",
-    "bad_words",
     "chat_template",
     "custom_logit_processor",
     "documents",
-    "ebnf",
     "functions",
     "grammar",
     "guided_choice",
@@ -52,17 +50,11 @@ UNSUPPORTED_PARAMETERS = (
     "lora_path",
     "no_stop_trim",
     "prompt_embeds",
-    "prompt_logprobs",
-    "regex",
     "return_hidden_states",
-    "return_token_ids",
-    "return_tokens_as_token_ids",
     "stop_regex",
     "structural_tag",
-    "structured_outputs",
     "suffix",
     "thinking_token_budget",
-    "truncate_prompt_tokens",
     "use_beam_search",
     "web_search_options",
 )
@@ -71,9 +63,27 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "length_penalty": (1, 1.0),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
 }
 """Parameters that may be given with these values only."""
+
+IGNORED = frozenset(
+    {
+        "include_obfuscation",
+        "metadata",
+        "moderation",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "verbosity",
+    }
+)
+"""Defined by OpenAI or vLLM; they change nothing here."""
 
 ANY_TOKEN_LIST = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 STOP_SCHEMA = {
@@ -87,6 +97,47 @@ STOP_SCHEMA = {
 LOGIT_BIAS_SCHEMA = {
     "anyOf": [
         {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
+        {"type": "null"},
+    ],
+    "default": None,
+}
+RESPONSE_FORMAT_SCHEMA = {
+    "anyOf": [
+        {
+            "type": "object",
+            "required": ["type"],
+            "properties": {
+                "type": {"enum": ["text", "json_object", "json_schema"]},
+                "json_schema": {
+                    "type": "object",
+                    "required": ["name", "schema"],
+                    "properties": {
+                        "name": {"type": "string"},
+                        "description": {"type": "string"},
+                        "schema": {"type": "object"},
+                        "strict": {"anyOf": [{"type": "boolean"}, {"type": "null"}]},
+                    },
+                },
+            },
+        },
+        {"type": "null"},
+    ],
+    "default": None,
+}
+STRUCTURED_OUTPUTS_SCHEMA = {
+    "anyOf": [
+        {
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 1,
+            "properties": {
+                "json": {"anyOf": [{"type": "object"}, {"type": "string"}]},
+                "json_object": {"const": True},
+                "regex": {"type": "string", "minLength": 1},
+                "choice": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                "grammar": {"type": "string", "minLength": 1},
+            },
+        },
         {"type": "null"},
     ],
     "default": None,
@@ -144,7 +195,7 @@ ERROR_SCHEMA = {
 }
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-Body = TypeVar("Body", bound="GenerationBody")
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class StreamOptions(BaseModel):
@@ -156,10 +207,28 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(BaseModel):
-    """What chat and plain completions share. None always means: as if not given."""
+class RequestBody(BaseModel):
+    """What every body has. None always means: as if not given."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    model: str | None = None
+
+
+class ConversationBody(RequestBody):
+    """What becomes a prompt by the chat template."""
+
+    messages: Annotated[Any, WithJsonSchema(MESSAGES_SCHEMA)] = None
+    tools: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = Field(None, max_length=32)
+
+
+class GenerationBody(RequestBody):
+    """What chat and plain completions share."""
 
     model: str
     max_tokens: Count | None = None
@@ -177,28 +246,34 @@ class GenerationBody(BaseModel):
     stop_token_ids: list[Count] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    allowed_token_ids: list[Count] | None = None
+    bad_words: list[str] | None = None
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_COUNT)
+    priority: int | None = Field(None, ge=-(2**31), le=MAX_COUNT)
+    truncation_side: Literal["left", "right"] | None = None
+    response_format: Annotated[Any, WithJsonSchema(RESPONSE_FORMAT_SCHEMA)] = None
+    structured_outputs: Annotated[Any, WithJsonSchema(STRUCTURED_OUTPUTS_SCHEMA)] = None
+    regex: str | None = None
+    ebnf: str | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[^@/\\]*$")
 
 
-class ChatBody(GenerationBody):
+class ChatBody(GenerationBody, ConversationBody):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[Any, WithJsonSchema(MESSAGES_SCHEMA)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    add_special_tokens: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: str | None = Field(None, max_length=32)
 
 
 class CompletionBody(GenerationBody):
@@ -209,6 +284,19 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     best_of: int | None = Field(None, ge=0, le=20)
     add_special_tokens: bool | None = None
+
+
+class TokenizeBody(ConversationBody):
+    """`POST /tokenize`: a text or a conversation."""
+
+    prompt: str | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(RequestBody):
+    """`POST /detokenize`."""
+
+    tokens: list[Count]
 
 
 def validate(kind: type[Body], fields: dict[str, Any]) -> Body:
@@ -235,12 +323,18 @@ def refuse_unsupported(extra: dict[str, Any]) -> None:
             raise unsupported(name)
 
 
+def unknown_fields(extra: Iterable[str]) -> list[str]:
+    """Names that mean nothing here."""
+    known = {*IGNORED, *INTERNAL_PARAMETERS, *UNSUPPORTED_PARAMETERS, *HARMLESS}
+    return [name for name in extra if name not in known]
+
+
 def _is_off(value: Any) -> bool:
     """Null, false or empty; 0 is a number and asks for something."""
     return value is None or value is False or value in ("", [], {})
 
 
-def openapi_body(kind: type[GenerationBody]) -> dict[str, Any]:
+def openapi_body(kind: type[BaseModel]) -> dict[str, Any]:
     """The body of `kind` and the error object for /openapi.json, without references."""
     schema = kind.model_json_schema()
     definitions = schema.pop("$defs", {})

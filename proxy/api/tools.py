@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from mesh.tokenizer import Tokenizer
 from proxy.api.argumentschema import accepts_by
 from proxy.api.errors import unsupported
 from proxy.api.schemas import ChatBody
+from proxy.api.structured import Constraint, TaggedSchema, output_constraint, tagged_grammar
 from proxy.text.toolcalls import Accepts, ToolCallParser, ToolFormat, format_of
 
 MAX_TOOLS = 128
@@ -28,6 +30,8 @@ class Tools:
     parallel: bool
     mark_ids: frozenset[int]
     """Tokens that are marks of the format; some vocabularies have them as special ones, which texts leave out."""
+    constraint: Constraint | None
+    """With which the answer is nothing but calls; None: the model may call or talk."""
 
     def parser(self) -> ToolCallParser:
         """For one choice."""
@@ -36,30 +40,60 @@ class Tools:
 
 def offered_tools(body: ChatBody, tokenizer: Tokenizer) -> Tools | None:
     """None when the model must not call any. Raises `RequestError` 400 that names what is wrong or not served."""
-    _check_choice(body)
+    choice = body.tool_choice
     if not body.tools:
+        if choice not in (None, "none", "auto"):
+            raise RequestError(400, "tool_choice is only allowed when tools are given.", param="tool_choice")
         return None
     functions = _functions(body.tools)
-    if body.tool_choice == "none":
+    if choice == "none":
         return None
+    enforced = _enforced(choice, functions)
     format = format_of(tokenizer)
     if format is None:
         raise unsupported("tools", "this model's chat template has no format of tool calls that is known here")
     ids = (tokenizer.backend.token_to_id(mark) for mark in (format.open, format.close))
     marks = frozenset(i for i in ids if i is not None)
-    return Tools(format, functions, body.parallel_tool_calls is not False, marks)
+    parallel = body.parallel_tool_calls is not False
+    constraint = None
+    if enforced:
+        several = parallel and choice == "required"
+        constraint = _only_calls(body.tools, enforced, format, tokenizer, several=several)
+    if output_constraint(body) is not None:
+        raise unsupported("response_format", "an answer that may be a tool call cannot have a form as well")
+    return Tools(format, functions, parallel, marks, constraint)
 
 
-def _check_choice(body: ChatBody) -> None:
-    choice = body.tool_choice
-    if not body.tools and choice not in (None, "none", "auto"):
-        raise RequestError(400, "tool_choice is only allowed when tools are given.", param="tool_choice")
-    if choice == "required" or isinstance(choice, dict):
-        raise unsupported("tool_choice", "a call can be offered (auto), not yet be enforced")
-    if choice not in (None, "none", "auto"):
+def _enforced(choice: Any, functions: Mapping[str, Accepts]) -> list[str]:
+    """The functions of which one must be called; none of them when the model may talk instead."""
+    if choice in (None, "auto"):
+        return []
+    if choice == "required":
+        return list(functions)
+    if not isinstance(choice, dict):
         raise RequestError(
             400, "tool_choice must be none, auto, required or an object that names a function.", param="tool_choice"
         )
+    if choice.get("type") != "function":
+        raise unsupported("tool_choice.type", "only function is served")
+    function = choice.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or name not in functions:
+        raise RequestError(400, "tool_choice must name one of the tools.", param="tool_choice.function.name")
+    return [name]
+
+
+def _only_calls(
+    tools: list[dict[str, Any]], names: list[str], format: ToolFormat, tokenizer: Tokenizer, *, several: bool
+) -> Constraint:
+    """A grammar of calls of these functions, with arguments of their schemas."""
+    found: list[TaggedSchema] = []
+    for function in (tool["function"] for tool in tools):
+        if function["name"] in names:
+            schema = {"type": "object", **(function.get("parameters") or {})}
+            begin = f'{format.open}{{"name": {json.dumps(function["name"])}, "arguments": '
+            found.append(TaggedSchema(begin, schema, "}" + format.close))
+    return Constraint("tools", tagged_grammar(found, tokenizer, several=several))
 
 
 def _functions(tools: list[dict[str, Any]]) -> dict[str, Accepts]:

@@ -201,7 +201,8 @@ class WorkerPool:
     def _refresh_facts(self) -> None:
         lengths = [w.info.max_model_len for w in self._workers.values()]
         if self._model is not None and lengths:
-            self._facts = ModelFacts(min(lengths), self._model[1].block_tokens)
+            digest, layout = self._model
+            self._facts = ModelFacts(min(lengths), layout.block_tokens, digest)
 
     def _bound_fences(self) -> None:
         if len(self._fences) > MAX_WORKERS:

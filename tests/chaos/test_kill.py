@@ -6,6 +6,7 @@ block would be a wrong token with certainty, and its steps are slow enough to be
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -33,16 +34,17 @@ def service(tmp_path: Path) -> Iterator[Deployment]:
 class Request(threading.Thread):
     """One streamed completion on a thread of its own."""
 
-    def __init__(self, service: Deployment, prompt: list[int], tokens: int) -> None:
+    def __init__(self, service: Deployment, prompt: list[int], tokens: int, **more: object) -> None:
         super().__init__()
         self.texts: list[str] = []
         self.error: Exception | None = None
         self._service, self._prompt, self._tokens = service, prompt, tokens
+        self._more = {"ignore_eos": True, **more}
         self.start()
 
     def run(self) -> None:
         try:
-            for text in self._service.stream(self._prompt, self._tokens, extra_body={"ignore_eos": True}):
+            for text in self._service.stream(self._prompt, self._tokens, extra_body=self._more):
                 self.texts.append(text)
         except Exception as error:
             self.error = error
@@ -93,6 +95,18 @@ def test_killing_the_decode_worker_mid_stream_changes_no_token(service: Deployme
     wait_until(lambda: len(request.texts) > 10, "the stream runs")
     service.kill(busy(service, "decode"))
     assert request.result() == expected(prompt, 120)
+    service.assert_quiet()
+
+
+def test_killing_the_decode_worker_mid_stream_changes_nothing_of_structured_output(service: Deployment) -> None:
+    prompt = [71 + i % 26 for i in range(5 * CHUNK)]
+    wanted = {"structured_outputs": {"regex": "([a-z]{2,9} [0-9]{3}, ){12}end"}}
+    undisturbed = Request(service, prompt, 400, **wanted).result()
+    assert re.fullmatch(wanted["structured_outputs"]["regex"], undisturbed)
+    request = Request(service, prompt, 400, **wanted)
+    wait_until(lambda: len(request.texts) > 10, "the stream runs")
+    service.kill(busy(service, "decode"))
+    assert request.result() == undisturbed
     service.assert_quiet()
 
 

@@ -24,15 +24,18 @@ from engine.sim_engine import SimRunner
 from kvtransfer.endpoint import KvEndpoint
 from kvtransfer.transports.local import Exchange
 from mesh import host
+from mesh.errors import EXIT_MODEL, StartupError
 from mesh.messages import BlockEvents, WorkerInfo
 from mesh.params import SamplingParams
 from mesh.residency import open_publisher
+from mesh.tokenizer import Tokenizer
 from prefill.role import PrefillRole
 from proxy.control import ControlSocket
 from proxy.dispatcher import MeshDispatcher
 from proxy.fleet import Fleet as ProxyFleet
 from proxy.generation import Chunk, GenerateRequest
 from proxy.routing.residency import LocalResidency
+from worker.grammars import Grammars
 from worker.metrics import WorkerMetrics
 from worker.process import Station, WorkerProcess
 
@@ -108,6 +111,7 @@ class Fleet:
     shape: Shape
     loop: asyncio.AbstractEventLoop
     door: Door
+    tokenizer: Callable[[], Tokenizer]
     exchange: Exchange = field(default_factory=Exchange)
     context: zmq.Context[zmq.Socket[bytes]] = field(default_factory=zmq.Context)
     workers: dict[str, FleetWorker] = field(default_factory=dict)
@@ -157,6 +161,7 @@ class Fleet:
             kv,
             open_publisher("memory", info, publish),
             WorkerMetrics(info),
+            Grammars(self.tokenizer),
             (f"ipc://{self.directory}/control",),
             5.0,
         )
@@ -230,6 +235,11 @@ def _is_quiet(worker: FleetWorker) -> bool:
     )  # fmt: skip
 
 
+def no_tokenizer() -> Tokenizer:
+    """For requests without grammars: the workers see token ids only."""
+    raise StartupError("no tokenizer", EXIT_MODEL)
+
+
 @contextmanager
 def fleet(
     directory: Path,
@@ -239,13 +249,14 @@ def fleet(
     prefill: int,
     decode: int,
     disaggregate_above: int = 0,
+    tokenizer: Callable[[], Tokenizer] = no_tokenizer,
 ) -> Iterator[Fleet]:
     """A started fleet whose workers are all registered; every prompt is disaggregated unless said otherwise."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="proxy-loop")
     thread.start()
     door = on_loop(loop, Door.open(f"ipc://{directory}/control", disaggregate_above))
-    running = Fleet(directory, load, shape, loop, door)
+    running = Fleet(directory, load, shape, loop, door, tokenizer)
     try:
         for role, count in (("prefill", prefill), ("decode", decode)):
             for i in range(count):

@@ -149,7 +149,14 @@ def test_preemption_by_a_small_pool_changes_no_token(
 
 
 def sampled(running: Fleet, batch: list[list[int]]) -> list[list[int]]:
-    params = SamplingParams(max_tokens=16, temperature=0.8, top_p=0.9, seed=4711)
+    params = SamplingParams(
+        max_tokens=16,
+        temperature=0.8,
+        top_p=0.9,
+        seed=4711,
+        allowed_token_ids=tuple(range(3, VOCAB - 8, 2)),
+        bad_words=tuple((token, token + 2) for token in range(3, VOCAB - 10, 2)),
+    )
     return [answer.tokens for (answer,) in running.generate(batch, params)]
 
 

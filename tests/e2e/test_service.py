@@ -180,6 +180,22 @@ def test_a_conversations_next_turn_finds_the_last_one(service: Deployment) -> No
     assert repeated.choices[0].message.content == again.choices[0].message.content
 
 
+def test_structured_output_is_one_of_what_was_asked_for(service: Deployment) -> None:
+    answer = service.client.chat.completions.create(
+        model=service.model_name,
+        messages=[{"role": "user", "content": "Sun or rain?"}],
+        n=4,
+        temperature=2.0,
+        extra_body={"structured_outputs": {"choice": ["sun", "rain", "日"]}, "ignore_eos": True},
+    )
+    assert {c.message.content for c in answer.choices} <= {"sun", "rain", "日"}
+    assert {c.finish_reason for c in answer.choices} == {"stop"}
+    with pytest.raises(BadRequestError) as wrong:
+        service.client.completions.create(model=service.model_name, prompt="x", extra_body={"regex": "(?=a)"})
+    assert wrong.value.code == "invalid_schema"
+    service.assert_quiet()
+
+
 def test_an_unknown_model_is_404(service: Deployment) -> None:
     with pytest.raises(NotFoundError) as error:
         service.client.completions.create(model="another", prompt="x")

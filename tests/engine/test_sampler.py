@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,11 @@ def adjusted(logits: Array, request: EngineRequest) -> Array:
             out[token] += bias
     if len(output) < p.min_tokens:
         out[[t for t in p.stop_token_ids if t < len(out)]] = -np.inf
+    for word in p.bad_words:
+        if (*output, word[-1])[-len(word) :] == word:
+            out[word[-1]] = -np.inf
+    if p.allowed_token_ids:
+        out[[t for t in range(len(out)) if t not in p.allowed_token_ids]] = -np.inf
     return out
 
 
@@ -103,6 +109,12 @@ MIXES: list[dict[str, Any]] = [
     {"logit_bias": ((4, 2.0), (5, -3.0))},
     {"min_tokens": 9, "stop_token_ids": (*range(60), 1000)},
     {"min_tokens": 2, "stop_token_ids": tuple(range(60))},
+    {"allowed_token_ids": (9, 4, 70, 4, 500)},
+    {"allowed_token_ids": (9, 4), "logit_bias": ((5, 100.0),), "temperature": 0.0, "repetition_penalty": 1.5},
+    {"bad_words": tuple((token,) for token in range(80))},
+    {"bad_words": tuple((60, 70, token) for token in range(80))},
+    {"bad_words": tuple((61, 70, token) for token in range(80))},
+    {"bad_words": ((70, 7),), "allowed_token_ids": (7, 8), "min_tokens": 9, "stop_token_ids": (11,)},
     {
         "repetition_penalty": 1.2,
         "presence_penalty": 0.5,
@@ -228,6 +240,24 @@ def test_not_a_number_stays_inside_the_vocabulary() -> None:
     assert all(0 <= token < VOCAB for token in tokens_of(logits, [asks(), asks(temperature=0.0)]))
 
 
+def test_a_bad_word_is_not_completed_by_its_beginning_in_the_prompt() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 7] = 5.0
+    word = {"bad_words": ((5, 6, 7),), "temperature": 0.0}
+    assert tokens_of(logits, [asks([1, 5, 6], 2, **word)]) == [7]
+    assert tokens_of(logits, [asks([1, 5, 6], 1, **word)]) != [7]
+
+
+def test_a_continued_request_obeys_as_the_uninterrupted_one() -> None:
+    """Whoever has prompt and output knows what is forbidden next: here every second token of three."""
+    params: dict[str, Any] = {"allowed_token_ids": (1, 2, 3), "bad_words": ((1, 1), (2, 2), (3, 3)), "seed": 4}
+    logits, tokens = random_logits(1), [50]
+    for _ in range(30):
+        tokens += tokens_of(logits, [asks(tokens, 1, **params)])
+    assert set(tokens[1:]) <= {1, 2, 3}
+    assert all(a != b for a, b in pairwise(tokens))
+
+
 def test_logits_are_not_changed() -> None:
     logits = random_logits(len(MIXES))
     before = logits.clone()
@@ -274,8 +304,9 @@ def test_prompt_logprobs_of_each_position() -> None:
     for row, entry in enumerate(entries):
         assert entry.logprob == pytest.approx(float(expected[row, entry.token]), abs=1e-6)
         assert entry.top_tokens == tuple(expected[row].topk(2).indices.tolist())
+        assert entry.rank == 1 + expected[row].argsort(descending=True).tolist().index(entry.token)
     assert prompt_logprobs(logits[:0], [], 2) == ()
-    assert prompt_logprobs(logits[:1], [9], 0) == (TokenLogprob(9, entries[0].logprob, (), ()),)
+    assert prompt_logprobs(logits[:1], [9], 0) == (TokenLogprob(9, entries[0].logprob, (), (), entries[0].rank),)
 
 
 def test_rows_and_requests_must_match() -> None:

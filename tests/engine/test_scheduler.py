@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from engine.engine import EngineConfig
-from engine.request import RequestState
+from engine.request import EngineRequest, RequestState
 from mesh.params import SamplingParams
 from tests.engine.sim_requests import engine, idle, oracle, prefill, prompt, request, run, state, steps
 
@@ -45,6 +47,46 @@ def test_the_youngest_loses_its_pages_and_comes_back_first() -> None:
     assert (state(b), b.block_table) == (RequestState.WAITING, [])
     later = [out.request.key for output in steps(e) for out in output.tokens if out.request is not a]
     assert later[0] == "b"
+
+
+def ranked(key: str, tokens: list[int], max_tokens: int, priority: int) -> EngineRequest:
+    return request(key, tokens, params=SamplingParams(max_tokens=max_tokens, priority=priority))
+
+
+def test_a_lower_number_goes_first_and_equals_go_by_age() -> None:
+    e = engine(seqs=1)
+    for key, priority in (("a", 0), ("late", 9), ("b", 0), ("soon", -9)):
+        e.add(ranked(key, prompt(4, priority), 3, priority))
+    finished = [out.request.key for output in steps(e) for out in output.tokens if out.finish]
+    assert finished == ["soon", "a", "b", "late"]
+
+
+def test_when_pages_run_out_the_lower_priority_gives_up_its_own_although_it_is_older() -> None:
+    e = engine(num_blocks=4)
+    first, urgent = ranked("first", prompt(7, 1), 8, 0), ranked("urgent", prompt(7, 2), 8, -1)
+    e.add(first)
+    e.add(urgent)
+    assert run(e) == {"first": oracle(prompt(7, 1), 8), "urgent": oracle(prompt(7, 2), 8)}
+    assert (first.num_preemptions, urgent.num_preemptions) == (1, 0)
+    idle(e)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_priorities_change_no_token_and_block_nobody_for_ever(seed: int) -> None:
+    rng = Random(seed)
+    e = engine(num_blocks=10, budget=11, seqs=3)
+    prompts = {str(i): prompt(3 + 2 * i, i % 3) for i in range(8)}
+    tokens: dict[str, list[int]] = {key: [] for key in prompts}
+    for key, ids in prompts.items():
+        e.add(ranked(key, ids, 15, rng.randrange(-2, 3)))
+        for _ in range(rng.randrange(6)):
+            for out in e.step().tokens:
+                tokens[out.request.key].append(out.token)
+            e.check()
+    for key, more in run(e).items():
+        tokens[key] += more
+    assert tokens == {key: oracle(ids, 15) for key, ids in prompts.items()}
+    idle(e)
 
 
 def test_a_preempted_request_finds_its_own_blocks_again() -> None:

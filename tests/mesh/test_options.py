@@ -80,7 +80,7 @@ def test_a_wrong_variable_is_named() -> None:
     [
         WorkerSettings(model="-odd name", role="both", proxy=(), threads=3, gpu_memory_utilization=0.25),
         WorkerSettings(proxy=("ipc:///a b/c", "tcp://x:1"), drain_timeout=1e-3, device="cuda:1"),
-        ProxySettings(model="m", port=0, disaggregate_above=-1, served_model_name="a=b"),
+        ProxySettings(model="m", port=0, disaggregate_above=-1, served_model_name=("a=b", "c")),
         ChatSettings(message=("--help", "x"), quiet=True),
         UpSettings(prefill=0, both=2),
     ],

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import openai
+import pydantic
 import pytest
 
 from mesh.errors import RequestError
@@ -61,6 +62,26 @@ def test_the_stream_helper_assembles_a_whole_answer(client: openai.OpenAI) -> No
         final = stream.get_final_completion()
     assert final.choices[0].message.content == "hello é😀"
     assert final.choices[0].finish_reason == "stop"
+
+
+class Person(pydantic.BaseModel):
+    name: str
+    age: int | None
+    friends: list[Person]
+
+
+def test_parse_gives_the_model_that_was_asked_for() -> None:
+    api = Api('{"name": "Ada", "age": null, "friends": [{"name": "Bob", "age": 3, "friends": []}]}')
+    with Server(api) as server, server.client() as client:
+        answer = client.chat.completions.parse(model=MODEL, messages=HI, response_format=Person)
+        with client.chat.completions.stream(model=MODEL, messages=HI, response_format=Person) as stream:
+            streamed = stream.get_final_completion()
+    for completion in (answer, streamed):
+        assert completion.choices[0].message.parsed == Person(
+            name="Ada", age=None, friends=[Person(name="Bob", age=3, friends=[])]
+        )
+    assert api.sent.params.grammar is not None
+    assert '"friends"' in api.sent.params.grammar
 
 
 def test_completions(client: openai.OpenAI) -> None:

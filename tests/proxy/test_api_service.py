@@ -28,11 +28,27 @@ def test_the_model_list_has_the_served_model() -> None:
     assert {"created", "root", "parent", "permission"} < card.keys()
 
 
+def test_an_answer_says_which_system_made_it() -> None:
+    api = Api()
+    name = f"kvmesh-{__version__}-00000000"
+    assert api.chat()["system_fingerprint"] == api.complete()["system_fingerprint"] == name
+    assert {event["system_fingerprint"] for event in api.chat_stream()} == {name}
+
+
 def test_one_model() -> None:
     api = Api()
     assert api.http.get("/v1/models/tiny").json()["id"] == "tiny"
     missing = api.http.get("/v1/models/org/other")
     assert (missing.status_code, error_of(missing.json())["code"]) == (404, "model_not_found")
+
+
+def test_an_alias_is_listed_and_the_answer_has_the_name_asked_for() -> None:
+    api = Api(aliases=["gpt-4o"])
+    cards = api.http.get("/v1/models").json()["data"]
+    assert [(c["id"], c["root"]) for c in cards] == [("tiny", "tiny"), ("gpt-4o", "tiny")]
+    assert api.http.get("/v1/models/gpt-4o").json()["id"] == "gpt-4o"
+    assert (api.chat(model="gpt-4o")["model"], api.complete(model="tiny")["model"]) == ("gpt-4o", "tiny")
+    assert {event["model"] for event in api.chat_stream(model="gpt-4o")} == {"gpt-4o"}
 
 
 def test_the_model_is_listed_before_a_worker_came() -> None:

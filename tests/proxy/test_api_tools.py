@@ -9,15 +9,17 @@ from typing import Any
 import openai
 import pytest
 
+from mesh.grammar import Vocabulary, compile_grammar
 from proxy.generation import GenerateRequest
 from tests.proxy.api_client import MODEL, Api, finishes, reply
 from tests.proxy.fake_dispatcher import Script
 from tests.proxy.http_server import Server
-from tests.proxy.tiny_tokenizer import TEMPLATE, byte_level
+from tests.proxy.tiny_tokenizer import IM_END, TEMPLATE, byte_level
 
 HERMES = TEMPLATE.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls }}") + "{# <tool_call> #}{{ tools }}"
 CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
-CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TIME = '<tool_call>{"name": "time", "arguments": {}}</tool_call>'
+CITY: Any = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER: Any = {"type": "function", "function": {"name": "weather", "description": "Of a city.", "parameters": CITY}}
 
 
@@ -121,14 +123,51 @@ def test_a_mark_that_is_a_special_token_is_still_seen() -> None:
         ({"tools": [function(strict=True, parameters={"items": 5})]}, "tools.0.function.parameters"),
         ({"tools": [function(name=f"f{i}") for i in range(129)]}, "tools"),
         ({"tools": [WEATHER], "tool_choice": "perhaps"}, "tool_choice"),
-        ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice"),
-        ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": 3}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice.function.name"),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "time"}}},
+            "tool_choice.function.name",
+        ),
+        ({"tools": [function(parameters={"not": {}})], "tool_choice": "required"}, "tools"),
+        ({"tools": [WEATHER], "response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": [WEATHER], "parallel_tool_calls": 1}, "parallel_tool_calls"),
         ({"tool_choice": "required"}, "tool_choice"),
     ],
 )
 def test_a_wrong_tool_is_named(fields: dict[str, Any], param: str) -> None:
     assert api().chat_error(**fields)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("choice", "allowed", "refused"),
+    [
+        ("required", [CALL, f"{CALL}\n{TIME}", TIME], ["Hello", CALL.replace("Oslo", 'Oslo", "x": "y')]),
+        ({"type": "function", "function": {"name": "weather"}}, [CALL], ["Hello", TIME, f"{CALL}\n{CALL}"]),
+    ],
+    ids=["required", "named"],
+)
+def test_an_enforced_call_is_a_grammar(choice: Any, allowed: list[str], refused: list[str]) -> None:
+    closed = {**WEATHER, "function": {**WEATHER["function"], "parameters": {**CITY, "additionalProperties": False}}}
+    one = api()
+    one.chat(tools=[closed, function(name="time")], tool_choice=choice)
+    assert one.sent.params.grammar is not None
+    tokenizer = byte_level(HERMES)
+
+    def follows(text: str) -> bool:
+        matcher = compile_grammar(Vocabulary.of(tokenizer).tokenizer(), one.sent.params.grammar or "")
+        tokens = [*tokenizer.encode(text, add_special_tokens=False), IM_END]
+        return bool(matcher.validate_tokens(tokens) == len(tokens))
+
+    assert [text for text in allowed if not follows(text)] == []
+    assert [text for text in refused if follows(text)] == []
+
+
+def test_an_offered_call_is_not_enforced() -> None:
+    one = api()
+    one.chat(tools=[WEATHER], tool_choice="auto")
+    assert one.sent.params.grammar is None
 
 
 def test_tools_for_a_model_without_a_known_format_are_refused() -> None:

@@ -211,6 +211,7 @@ def test_missing_blocks_are_blamed_on_their_source() -> None:
     ("code", "status", "public"),
     [
         ("too_long", 400, "context_length_exceeded"),
+        ("grammar", 400, "invalid_schema"),
         ("deadline", 504, "timeout"),
         ("internal", 500, "internal"),
     ],

@@ -8,11 +8,15 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from engine.engine import Engine, EngineConfig
+from engine.grammar import Matcher
 from engine.request import EngineRequest
 from engine.sim_engine import SimRunner, expected_tokens
 from engine.step import Missing
 from mesh import blockhash
+from mesh.errors import GrammarError
 from mesh.params import SamplingParams
+from tests.proxy.tiny_tokenizer import byte_level, token_of
+from worker.grammars import Grammars
 from worker.steploop import Beaten, Expected, Exported, LoopEvent, Rejected, StepLoop, Stepped, Stopped
 
 ROOT = b"r" * 16
@@ -26,7 +30,8 @@ class Bench:
     def __init__(self) -> None:
         self.events: queue.SimpleQueue[LoopEvent] = queue.SimpleQueue()
         self.engine = Engine(SimRunner(32, 8), EngineConfig(4, 16, 128))
-        self.loop = StepLoop(self.engine, self.events.put)
+        self.grammars = Grammars(byte_level)
+        self.loop = StepLoop(self.engine, self.events.put, self.grammars)
         self.loop.start()
 
     def until(self, wanted: Callable[[LoopEvent], bool]) -> LoopEvent:
@@ -42,10 +47,11 @@ def bench() -> Iterator[Bench]:
     made = Bench()
     yield made
     made.loop.stop(WAIT_S)
+    made.grammars.close()
 
 
-def request(key: str, max_tokens: int = 3, *, hold: bool = False) -> EngineRequest:
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+def request(key: str, max_tokens: int = 3, *, hold: bool = False, grammar: str | None = None) -> EngineRequest:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, grammar=grammar)
     return EngineRequest(key, list(PROMPT), len(PROMPT), params, ROOT, stop_after=1 if hold else None, hold=hold)
 
 
@@ -105,3 +111,62 @@ def test_a_failing_engine_ends_the_loop_with_its_reason(bench: Bench) -> None:
     event = bench.until(lambda e: isinstance(e, Stopped))
     assert isinstance(event, Stopped)
     assert isinstance(event.error, AttributeError)
+
+
+def test_a_grammar_is_compiled_and_then_followed_to_its_end(bench: Bench) -> None:
+    bench.loop.add(request("a", 5, grammar='start: "he"'))
+    tokens: list[int] = []
+    finish = None
+    while finish is None:
+        event = bench.until(lambda e: isinstance(e, Stepped))
+        assert isinstance(event, Stepped)
+        for out in event.output.tokens:
+            tokens.append(out.token)
+            finish = out.finish
+    assert finish == "stop"
+    assert b"".join(byte_level().token_bytes(t) for t in tokens[:-1]) == b"he"
+    assert tokens[-1] in byte_level().eos_token_ids
+
+
+def test_a_grammar_that_is_none_is_rejected_for_good(bench: Bench) -> None:
+    bench.loop.expect(request("a", grammar="start: nothing"))
+    event = bench.until(lambda e: isinstance(e, Rejected))
+    assert isinstance(event, Rejected)
+    assert (event.code, event.retryable) == ("grammar", False)
+    assert "nothing" in event.message
+
+
+def test_tokens_that_break_the_grammar_are_an_error_and_no_free_text(bench: Bench) -> None:
+    broken = request("a", grammar='start: "he"')
+    broken.tokens.append(token_of(byte_level(), "x"))
+    bench.loop.add(broken)
+    event = bench.until(lambda e: isinstance(e, Rejected) or (isinstance(e, Stepped) and bool(e.output.tokens)))
+    assert isinstance(event, Rejected)
+    assert (event.code, event.retryable) == ("grammar", False)
+    bench.loop.check()
+    assert bench.until(lambda e: isinstance(e, Beaten))
+    assert not bench.engine.has_work
+
+
+def test_a_request_aborted_while_its_grammar_is_compiled_never_runs() -> None:
+    held: list[Callable[[], object]] = []
+
+    class Slow(Grammars):
+        def compile(self, grammar: str, done: Callable[[Matcher | GrammarError], object]) -> None:
+            held.append(lambda: super(Slow, self).compile(grammar, done))
+
+    events: queue.SimpleQueue[LoopEvent] = queue.SimpleQueue()
+    engine = Engine(SimRunner(32, 8), EngineConfig(4, 16, 128))
+    grammars = Slow(byte_level)
+    loop = StepLoop(engine, events.put, grammars)
+    loop.start()
+    loop.add(request("a", grammar='start: "he"'))
+    loop.abort("a")
+    while not held:
+        events.get(timeout=WAIT_S)
+    held[0]()
+    grammars.close()
+    loop.stop(WAIT_S)
+    seen = [events.get() for _ in range(events.qsize())]
+    assert not any(isinstance(event, Stepped | Rejected) for event in seen)
+    engine.check()
