@@ -116,7 +116,12 @@ WEATHER: Any = {
     "function": {
         "name": "get_weather",
         "description": "Get the weather in a city.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
     },
 }
 FINDINGS = {"Tarven": "sunny", "Oslo": "snowy"}
@@ -173,6 +178,25 @@ def test_no_tool_is_called_when_none_fits(service: Deployment) -> None:
     )
     assert completion.choices[0].message.tool_calls is None
     assert completion.choices[0].message.content == "Hello! How can I help you?"
+
+
+def test_a_required_call_is_made_whatever_was_said(service: Deployment) -> None:
+    completion = service.client.chat.completions.create(
+        model=service.model_name,
+        messages=[{"role": "user", "content": "Hello!"}],
+        tools=[WEATHER],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        temperature=0,
+        max_tokens=200,
+    )
+    choice = completion.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.tool_calls is not None
+    (call,) = choice.message.tool_calls
+    assert call.type == "function"
+    assert call.function.name == "get_weather"
+    assert list(json.loads(call.function.arguments)) == ["city"]
 
 
 def test_an_agent_framework_works_unmodified(service: Deployment) -> None:
