@@ -299,6 +299,18 @@ class DetokenizeBody(RequestBody):
     tokens: list[Count]
 
 
+KNOWN = frozenset(
+    {
+        *IGNORED,
+        *INTERNAL_PARAMETERS,
+        *UNSUPPORTED_PARAMETERS,
+        *HARMLESS,
+        *ChatBody.model_fields,
+        *CompletionBody.model_fields,
+    }
+)
+
+
 def validate(kind: type[Body], fields: dict[str, Any]) -> Body:
     """The body as `kind`; raises `RequestError` 400 with the wrong field's dotted name."""
     try:
@@ -324,9 +336,8 @@ def refuse_unsupported(extra: dict[str, Any]) -> None:
 
 
 def unknown_fields(extra: Iterable[str]) -> list[str]:
-    """Names that mean nothing here."""
-    known = {*IGNORED, *INTERNAL_PARAMETERS, *UNSUPPORTED_PARAMETERS, *HARMLESS}
-    return [name for name in extra if name not in known]
+    """Names that mean nothing at any endpoint."""
+    return [name for name in extra if name not in KNOWN]
 
 
 def _is_off(value: Any) -> bool:

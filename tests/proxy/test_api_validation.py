@@ -262,7 +262,7 @@ def test_completions_refuse_what_they_would_have_to_ignore(fields: dict[str, Any
 def test_an_unknown_field_is_logged_once_by_name(caplog: pytest.LogCaptureFixture) -> None:
     api = Api()
     for _ in range(2):
-        api.chat(temprature=0.5, user="me", suffix=None)
+        api.chat(temprature=0.5, user="me", suffix=None, echo=False)
     api.complete(**{f"x{i}" * 50: i for i in range(100)})
     lines = [r.message for r in caplog.records if "not known" in r.message]
     assert "'temprature'" in lines[0]
