@@ -15,7 +15,7 @@ from mesh.grammar import Vocabulary, compile_grammar
 from mesh.tokenizer import Tokenizer
 
 MAX_CACHED = 64
-"""A compiled schema takes about a megabyte, one at the limits forty."""
+"""A compiled schema of ten fields takes 0.1 MB, one of 1,500 seven."""
 
 
 class Grammars:

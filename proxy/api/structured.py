@@ -13,6 +13,7 @@ from llguidance import regex_to_lark
 from mesh.errors import RequestError
 from mesh.tokenizer import Tokenizer
 from proxy.api.errors import unsupported
+from proxy.api.jsonbody import parse_object
 from proxy.api.schemas import GenerationBody
 
 ANY_OBJECT = {"type": "object"}
@@ -84,12 +85,8 @@ def _response_format(value: Any) -> Constraint | None:
         described = _object(value.get("json_schema"), where)
         _only(described, where, ("name", "description", "schema", "strict"))
         _check(isinstance(described.get("name"), str), f"{where}.name", "must be a string")
-        _check(
-            described.get("description") is None or isinstance(described["description"], str),
-            f"{where}.description",
-            "must be a string",
-        )
-        _check(described.get("strict") in (None, True, False), f"{where}.strict", "must be true or false")
+        _check(isinstance(described.get("description"), str | None), f"{where}.description", "must be a string")
+        _check(isinstance(described.get("strict"), bool | None), f"{where}.strict", "must be true or false")
         return _schema(f"{where}.schema", described.get("schema"))
     _only(value, "response_format", ("type",))
     if kind == "json_object":
@@ -141,8 +138,8 @@ def _check_min_properties(param: str, schema: Any) -> None:
 def _schema_or_text(param: str, schema: Any) -> Constraint:
     if isinstance(schema, str):
         try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError):
+            schema = parse_object(schema.encode())
+        except RequestError:
             raise _wrong(param, "must be a JSON schema, or its text") from None
     return _schema(param, schema)
 

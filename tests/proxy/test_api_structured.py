@@ -94,7 +94,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {"json_object": False}}, "structured_outputs"),
     ({"structured_outputs": {"json_object": 1}}, "structured_outputs.json_object"),
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
-    ({"structured_outputs": {"json": "[" * 100_000}}, "structured_outputs.json"),
+    ({"structured_outputs": {"json": '{"items":' * 300 + "{}" + "}" * 300}}, "structured_outputs.json"),
+    ({"structured_outputs": {"json": '{"const": "\\ud800"}'}}, "structured_outputs.json"),
+    ({"structured_outputs": {"json": '{"const": NaN}'}}, "structured_outputs.json"),
     ({"structured_outputs": {"json": True}}, "structured_outputs.json"),
     ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
@@ -182,7 +184,6 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "too many optional properties": {
         "json": {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(300)}}
     },
-    "deep nesting": {"json": '{"items":' * 300 + "{}" + "}" * 300},
 }
 
 
