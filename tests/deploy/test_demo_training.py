@@ -21,6 +21,7 @@ from deploy.demo_model.train.network import (
     blockwise_attention,
     causal_bias,
     logit_gradient,
+    read_weights,
     write_model,
 )
 from deploy.demo_model.train.train import (
@@ -177,3 +178,16 @@ def test_stages_follow_the_time_when_the_plan_is_of_minutes() -> None:
     fraction = 1.0
     while feed.take():
         pass
+
+
+def test_a_run_can_start_from_written_weights(tmp_path: Path) -> None:
+    made, other = Network(SHAPE), Network(SHAPE)
+    made.initialise(torch.Generator().manual_seed(1))
+    write_model(made, tmp_path, {})
+
+    read_weights(other, tmp_path)
+
+    for ours, theirs in zip(made.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours.to(torch.bfloat16), theirs.to(torch.bfloat16))
+    with pytest.raises(ValueError, match="shape"):
+        read_weights(Network(replace(SHAPE, intermediate=32)), tmp_path)

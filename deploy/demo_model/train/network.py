@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -268,6 +269,16 @@ class Network(nn.Module):
             hidden, self.embed_tokens.weight, targets.flatten(), weights.flatten(), self._logit_gradient
         )
         return sums
+
+
+def read_weights(network: Network, folder: Path) -> None:
+    """Those that `write_model` wrote, of a network of this shape. Raises `ValueError` for another one's."""
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file, torch.no_grad():
+        for name, p in network.named_parameters():
+            saved = file.get_tensor(f"model.{name}")
+            if saved.shape != p.shape:
+                raise ValueError(f"{folder}: {name} has the shape {tuple(saved.shape)}, not {tuple(p.shape)}")
+            p.copy_(saved)
 
 
 def write_model(network: Network, folder: Path, tokens: dict[str, int]) -> None:

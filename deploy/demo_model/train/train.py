@@ -43,7 +43,7 @@ from transformers import AutoTokenizer
 
 from deploy.demo_model.train.examples import MODEL_DIR, Example, examples
 from deploy.demo_model.train.muon import Adam, Muon, Optimizer, split
-from deploy.demo_model.train.network import Network, Shape, write_model
+from deploy.demo_model.train.network import Network, Shape, read_weights, write_model
 
 AHEAD = 6
 """Batches that are ordered before they are needed."""
@@ -482,6 +482,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder of the model, the checkpoints and the log")
     add("--resume", action="store_true", help="continue from the newest checkpoint of the folder")
+    add("--start", type=Path, help="begin with the weights of this model directory instead of random ones")
     add("--minutes", type=float, help="plan by time, that of resumed runs together; without it by the stages' tokens")
     add("--tokens-scale", type=float, default=1.0, help="times the stages' tokens (default: 1)")
     add("--steps", type=int, help="stop after this many steps, whatever the plan")
@@ -553,6 +554,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         reporter = Reporter(options.output, trainer)
         _say_configuration(options, trainer, reporter.say)
+        if options.start is not None and not options.resume:
+            read_weights(trainer.network, options.start)
+            reporter.say("started from the weights of another run")
         if options.resume:
             trainer.load(options.output)
             reporter.say(f"resumed after step {trainer.optimizer.steps}, {trainer.elapsed / 60:.1f} minutes")
