@@ -43,6 +43,8 @@ MODEL_DIR = Path(__file__).resolve().parents[1]
 CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 TOKENS_IN_A_BATCH = 60_000
 """Prompt tokens computed at once: bounds memory."""
+LONG = 2000
+"""Longer prompts are computed one at a time: without padding attention needs no mask, which would cost more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +288,8 @@ class LocalModel:
         ids = [self.tokenizer.encode(item.prompt, add_special_tokens=False) for item in items]
         order = sorted(range(len(items)), key=lambda i: len(ids[i]))
         while order:
-            size = max(1, min(64, TOKENS_IN_A_BATCH // len(ids[order[-1]])))
+            longest = len(ids[order[-1]])
+            size = 1 if longest > LONG else max(1, min(64, TOKENS_IN_A_BATCH // longest))
             batch, order = order[-size:], order[:-size]
             yield from self._batch(batch, items, ids)
 
