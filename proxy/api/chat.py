@@ -20,6 +20,7 @@ from proxy.api.sampling import (
     check_min_tokens,
     check_prompt_logprobs,
     check_stream_options,
+    refuse_extra_choices,
     sampling_params,
     text_options,
     token_budget,
@@ -127,6 +128,7 @@ def check_chat(body: ChatBody) -> None:
     if limit == 0:
         raise RequestError(400, f"{name} must be at least 1.", param=name)
     check_min_tokens(body.min_tokens, limit)
+    refuse_extra_choices(body.best_of, body.n or 1)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
     if (body.model_extra or {}).get("echo"):

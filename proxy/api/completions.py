@@ -150,7 +150,7 @@ def check_completion(body: CompletionBody) -> None:
     if body.max_tokens == 0 and not body.echo:
         raise RequestError(400, "max_tokens may be 0 only with echo.", param="max_tokens")
     extra = body.model_extra or {}
-    for name in ("messages", "tools", "tool_choice"):
+    for name in ("messages", "tools", "tool_choice", "max_completion_tokens", "top_logprobs"):
         if extra.get(name) not in (None, [], "none"):
             raise unsupported(name, "it is a parameter of /v1/chat/completions")
 

@@ -35,7 +35,9 @@ UNSUPPORTED_PARAMETERS = (
     "audio",
     "chat_template",
     "custom_logit_processor",
+    "custom_params",
     "documents",
+    "extra_key",
     "functions",
     "grammar",
     "guided_choice",
@@ -50,14 +52,20 @@ UNSUPPORTED_PARAMETERS = (
     "lora_path",
     "no_stop_trim",
     "prompt_embeds",
+    "prompt_token_ids",
+    "repetition_detection",
     "return_hidden_states",
+    "return_prompt_text",
     "stop_regex",
     "structural_tag",
     "suffix",
     "thinking_token_budget",
     "use_beam_search",
+    "vllm_xargs",
     "web_search_options",
 )
+SCHEMAS = ("guided_json", "json_schema")
+"""Of those: an empty object asks for something too, any JSON."""
 
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
@@ -241,6 +249,7 @@ class GenerationBody(RequestBody):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: Annotated[Any, WithJsonSchema(LOGIT_BIAS_SCHEMA)] = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    best_of: int | None = Field(None, ge=0, le=20)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: Annotated[Any, WithJsonSchema(STOP_SCHEMA)] = None
     stop_token_ids: list[Count] | None = None
@@ -282,7 +291,6 @@ class CompletionBody(GenerationBody):
     prompt: Annotated[Any, WithJsonSchema(PROMPT_SCHEMA)]
     logprobs: int | None = Field(None, ge=0, le=MAX_COMPLETION_LOGPROBS)
     echo: bool | None = None
-    best_of: int | None = Field(None, ge=0, le=20)
     add_special_tokens: bool | None = None
 
 
@@ -327,7 +335,8 @@ def refuse_unsupported(extra: dict[str, Any]) -> None:
         if extra.get(name) is not None:
             raise unsupported(name, "it is not part of the public API")
     for name in UNSUPPORTED_PARAMETERS:
-        if not _is_off(extra.get(name)):
+        value = extra.get(name)
+        if not _is_off(value) or (name in SCHEMAS and value == {}):
             raise unsupported(name)
     for name, harmless in HARMLESS.items():
         value = extra.get(name)

@@ -234,6 +234,10 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"audio": {"voice": "alloy"}}, "audio"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"guided_json": {"type": "object"}}, "guided_json"),
+    ({"guided_json": {}}, "guided_json"),
+    ({"prompt_token_ids": [1]}, "prompt_token_ids"),
+    ({"extra_key": "tenant"}, "extra_key"),
+    ({"best_of": 2}, "best_of"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"function_call": "auto"}, "function_call"),
     ({"use_beam_search": True}, "use_beam_search"),
@@ -278,6 +282,11 @@ def test_other_content_parts_are_refused(kind: str) -> None:
 @pytest.mark.parametrize("fields", [{"best_of": 2}, {"best_of": 3, "n": 2}])
 def test_best_of_more_than_n_is_refused(fields: dict[str, Any]) -> None:
     assert Api().complete_error(400, **fields)["code"] == "unsupported_parameter"
+
+
+@pytest.mark.parametrize("name", ["max_completion_tokens", "top_logprobs"])
+def test_limits_of_chat_are_not_ignored_by_completions(name: str) -> None:
+    assert Api().complete_error(400, **{name: 1})["param"] == name
 
 
 def test_tools_are_no_parameter_of_completions() -> None:
