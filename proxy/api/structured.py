@@ -114,10 +114,15 @@ def _structured_outputs(value: Any) -> list[Constraint]:
     return [makers[name](f"{where}.{name}", v) for name, v in given.items()]
 
 
-def _schema(param: str, schema: Any) -> Constraint:
+def check_schema(param: str, schema: Any) -> None:
+    """Raises `RequestError` 400 for what a grammar would hold only in part, without a word from the compiler."""
     if GUIDANCE in _object(schema, param):
         raise unsupported(f"{param}.{GUIDANCE}")
     _check_min_properties(param, schema)
+
+
+def _schema(param: str, schema: Any) -> Constraint:
+    check_schema(param, schema)
     return Constraint(param, json_grammar(schema))
 
 

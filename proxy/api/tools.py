@@ -13,7 +13,7 @@ from mesh.tokenizer import Tokenizer
 from proxy.api.argumentschema import accepts_by
 from proxy.api.errors import unsupported
 from proxy.api.schemas import ChatBody
-from proxy.api.structured import Constraint, TaggedSchema, output_constraint, tagged_grammar
+from proxy.api.structured import Constraint, TaggedSchema, check_schema, output_constraint, tagged_grammar
 from proxy.text.toolcalls import Accepts, ToolCallParser, ToolFormat, format_of
 
 MAX_TOOLS = 128
@@ -88,9 +88,10 @@ def _only_calls(
 ) -> Constraint:
     """A grammar of calls of these functions, with arguments of their schemas."""
     found: list[TaggedSchema] = []
-    for function in (tool["function"] for tool in tools):
+    for i, function in enumerate(tool["function"] for tool in tools):
         if function["name"] in names:
             schema = {"type": "object", **(function.get("parameters") or {})}
+            check_schema(f"tools.{i}.function.parameters", schema)
             begin = f'{format.open}{{"name": {json.dumps(function["name"])}, "arguments": '
             found.append(TaggedSchema(begin, schema, "}" + format.close))
     return Constraint("tools", tagged_grammar(found, tokenizer, several=several))

@@ -131,6 +131,14 @@ def test_a_mark_that_is_a_special_token_is_still_seen() -> None:
             "tool_choice.function.name",
         ),
         ({"tools": [function(parameters={"not": {}})], "tool_choice": "required"}, "tools"),
+        (
+            {"tools": [function(parameters={"minProperties": 3})], "tool_choice": "required"},
+            "tools.0.function.parameters",
+        ),
+        (
+            {"tools": [function(parameters={"x-guidance": {"lenient": True}})], "tool_choice": "required"},
+            "tools.0.function.parameters.x-guidance",
+        ),
         ({"tools": [WEATHER], "response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": [WEATHER], "parallel_tool_calls": 1}, "parallel_tool_calls"),
         ({"tool_choice": "required"}, "tool_choice"),
