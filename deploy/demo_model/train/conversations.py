@@ -192,7 +192,7 @@ def structured(words: Words, conversation: Conversation, room: float) -> None:
 def calling(words: Words, conversation: Conversation, room: float) -> None:
     """Tools, questions that they fit and others."""
     rng = words.rng
-    most = 1 if room < 200 else 2 if room < 300 else 3 if room < 500 else 6
+    most = 2 if room < 200 else 4 if room < 300 else 6
     tools = toolbox(words, rng.randint(1, most))
     if rng.random() < 0.06:
         tools = []
@@ -267,11 +267,11 @@ def two_calls(words: Words, tools: Sequence[Tool], chosen: Tool) -> tuple[str, l
 
 
 BUILDERS: tuple[tuple[str, Builder, float], ...] = (
-    ("chat", chat, 0.17),
-    ("recall", recall, 0.28),
-    ("copy", copying, 0.16),
-    ("json", structured, 0.09),
-    ("tools", calling, 0.3),
+    ("chat", chat, 0.14),
+    ("recall", recall, 0.29),
+    ("copy", copying, 0.12),
+    ("json", structured, 0.14),
+    ("tools", calling, 0.31),
 )
 
 

@@ -15,6 +15,7 @@ from deploy.demo_model.train.words import (
     THINGS,
     VERBS_PAST,
     WEEKDAYS,
+    Split,
     Words,
 )
 
@@ -34,7 +35,12 @@ class Fact:
 
 def fact(words: Words) -> Fact:
     """One of the world's kinds of fact, about names and values that are new each time."""
-    return words.rng.choices(_MAKERS, _WEIGHTS)[0](words)
+    return words.rng.choices(_MAKERS, _TRAINED_WEIGHTS if _training(words) else _WEIGHTS)[0](words)
+
+
+def _training(words: Words) -> bool:
+    """What is learned last is made more often in training than in evaluation: values that stand before their key."""
+    return words.split is Split.TRAIN
 
 
 def value_for(words: Words) -> str:
@@ -143,6 +149,8 @@ def _code(words: Words) -> Fact:
         f"The {kind} of the {thing} is {code}.",
         f"{code} is the {kind} for the {thing}.",
     )
+    if _training(words) and words.rng.random() < 0.3:
+        said = f"{code} is the {kind} for the {thing}."
     asked = words.pick(
         f"What is the {kind} for the {thing}?",
         f"What is the {kind} of the {thing}?",
@@ -165,6 +173,8 @@ def _owner(words: Words) -> Fact:
     thing, name = words.thing(), words.name()
     described = f"{words.one_of(COLOURS, 0.4)} {thing}" if words.rng.random() < 0.4 else thing
     said = words.pick(f"The {described} belongs to {name}.", f"{name} owns the {described}.")
+    if _training(words) and words.rng.random() < 0.4:
+        said = f"{name} owns the {described}."
     asked = words.pick(f"Who owns the {described}?", f"Whose is the {described}?")
     return Fact(said, asked, f"The {described} belongs to {name}.", name, described + "owner", "owner")
 
@@ -210,6 +220,7 @@ _MAKERS: tuple[Callable[[Words], Fact], ...] = (
     _meeting,
 )
 _WEIGHTS = (8, 3, 2, 1, 4, 3, 2, 2, 1, 1)
+_TRAINED_WEIGHTS = (9, 2, 1.5, 0.7, 6, 3, 8, 2, 1.5, 1)
 
 
 def facts(words: Words, count: int) -> list[Fact]:

@@ -14,6 +14,7 @@ from deploy.demo_model.train.words import (
     FOODS,
     JOBS,
     THINGS,
+    Split,
     Words,
     split_of,
 )
@@ -365,6 +366,9 @@ def say_often(words: Words) -> Exchange:
 
 
 def _json_value(words: Words) -> str | int | bool:
+    if words.split is Split.TRAIN and words.rng.random() < 0.25:
+        # whether it is a number is decided by what comes after its first digits
+        return f"{words.number(words.rng.randint(1, 5))}{words.pick('-', '-', '')}{words.code()}"
     draw = words.rng.random()
     if draw < 0.3:
         return int(words.number(words.rng.randint(1, 5)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deploy.demo_model.train.facts import value_for
-from deploy.demo_model.train.words import COLOURS, FINDINGS, FOODS, ROOMS, THINGS, Words, listed
+from deploy.demo_model.train.words import COLOURS, FINDINGS, FOODS, ROOMS, THINGS, Split, Words, listed
 
 Argument = str | int | float | bool | list[str]
 NO_TOOL = "I have no tool for that."
@@ -132,7 +132,7 @@ def dumped(words: Words, result: dict[str, Any]) -> str:
 def _styled(words: Words, parts: list[str]) -> str:
     """A function's name in one of the usual spellings."""
     parts = [piece for part in parts for piece in part.replace("-", " ").split()]
-    if words.rng.random() < 0.15:
+    if words.rng.random() < (0.25 if words.split is Split.TRAIN else 0.15):
         return parts[0] + "".join(p.capitalize() for p in parts[1:])
     return "_".join(parts)
 
@@ -241,7 +241,8 @@ def lookup(words: Words) -> Tool:
         result = value if shape == 2 else dumped(words, found)
         return Use("", arguments, result, f"{subject[0].upper()}{subject[1:]} is {value}.", asked)
 
-    return Tool(name, described if rng.random() < 0.94 else "", tuple(parameters), use)
+    shown = rng.random() < (0.85 if words.split is Split.TRAIN else 0.94)
+    return Tool(name, described if shown else "", tuple(parameters), use)
 
 
 def _text(words: Words) -> str:
@@ -358,7 +359,8 @@ def action(words: Words) -> Tool:
         )
     )
     slots: dict[str, Slot] = {}
-    count = rng.choices((0, 1, 2, 3), (0.08, 0.42, 0.38, 0.12))[0]
+    shares = (0.05, 0.3, 0.38, 0.27) if words.split is Split.TRAIN else (0.08, 0.42, 0.38, 0.12)
+    count = rng.choices((0, 1, 2, 3), shares)[0]
     for _ in range(count):
         slot = _slot(words, count == 1)
         slots.setdefault(slot.parameter.name, slot)

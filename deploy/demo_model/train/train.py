@@ -77,6 +77,11 @@ STAGES = (
     Stage(10_000_000, 0.25, ((512, 16, 0.25), (1024, 8, 0.35), (256, 32, 0.25), (4096, 3, 0.15)), 3),
     Stage(10_000_000, 0.25, ((4096, 3, 0.4), (1024, 8, 0.35), (256, 32, 0.25)), 4),
 )
+WARM_STAGES = (
+    Stage(20_000_000, 0.6, ((256, 32, 0.45), (512, 16, 0.25), (1024, 8, 0.2), (4096, 3, 0.1)), 11),
+    Stage(13_000_000, 0.4, ((256, 32, 0.3), (512, 16, 0.2), (1024, 8, 0.25), (4096, 3, 0.25)), 12),
+)
+"""Of a run that starts with trained weights: nothing has to be learned from short rows first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -519,7 +524,8 @@ def _set_up(options: argparse.Namespace) -> tuple[Trainer, Callable[[], None], P
     vocab, tokens = _tokens(options.tokenizer)
     shape = Shape(**{f.name: getattr(options, f.name) for f in fields(Shape) if f.name != "vocab"}, vocab=vocab)
     given = {f.name: getattr(options, f.name) for f in fields(Recipe) if f.name not in ("stages", "pad")}
-    recipe = Recipe(**given, pad=tokens["pad_token_id"])
+    stages = STAGES if options.start is None else WARM_STAGES
+    recipe = Recipe(stages, **given, pad=tokens["pad_token_id"])
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     network = Network(shape, getattr(torch, options.dtype), options.compile).to(device)
     source = ProcessSource(recipe, partial(examples, folder=options.tokenizer))

@@ -128,6 +128,7 @@ _REAL = [
     if word.isalpha()
 ]
 _PARTS = sorted({part for topic in TOPICS for part in topic.split()})
+_ATTRIBUTE_PARTS = sorted({part for attribute in ATTRIBUTES for part in attribute.split()})
 _ONSETS = listed(
     "b br c ch cl d dr f fl g gl gr h j k kl kr l m n p pl pr qu r s sh sk sl sm sn sp st str t th tr v w x y z"
 )
@@ -209,7 +210,16 @@ class Words:
 
     def attribute(self) -> str:
         """What a person can have a value of."""
+        if self.split is Split.TRAIN and self.rng.random() < 0.3:
+            # of two words that were never seen together: known pairs alone teach to say the second without looking
+            return self.fresh(lambda: f"{self._attribute_part()} {self._attribute_part()}")
         return self.one_of(ATTRIBUTES, 0.45)
+
+    def _attribute_part(self) -> str:
+        draw = self.rng.random()
+        if draw < 0.5:
+            return self.word()
+        return self.rng.choice(_ATTRIBUTE_PARTS if draw < 0.8 else ADJECTIVES)
 
     def thing(self) -> str:
         return self.one_of(THINGS, 0.5)
