@@ -10,33 +10,17 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from mesh.errors import RequestError
-from proxy.api.answer import Usage
-from proxy.api.errors import unsupported
+from proxy.api.answer import Sink, Usage
+from proxy.api.conversation import prepare, respond
 from proxy.api.frames import Envelope, Frames, json_response, rendered
 from proxy.api.logprobs import Spelling, chat_entry, prompt_entry, prompt_logprobs_of
-from proxy.api.messages import template_messages
-from proxy.api.sampling import (
-    check_min_tokens,
-    check_prompt_logprobs,
-    check_stream_options,
-    refuse_extra_choices,
-    sampling_params,
-    text_options,
-    token_budget,
-    truncated,
-)
-from proxy.api.schemas import ChatBody, ConversationBody, openapi_body
+from proxy.api.schemas import ChatBody, openapi_body
 from proxy.api.service import Service, new_id, unix_now
 from proxy.api.sse import compact
-from proxy.api.structured import output_constraint
-from proxy.api.submit import answer, submit
-from proxy.api.tools import Tools, offered_tools
 from proxy.generation import Chunk, Route
 from proxy.text.choice import Piece
 from proxy.text.toolcalls import ToolCall
 
-RESERVED_TEMPLATE_NAMES = frozenset({"self", "messages", "tools"})
 ROUTE_HEADER = "x-kvmesh-route"
 """`1`: a stream's last frame tells which workers served."""
 
@@ -60,111 +44,34 @@ def chat_router(service: Service) -> APIRouter:
     async def create_chat_completion(request: Request) -> Response:
         """Answers a conversation, whole or as a stream of server-sent events."""
         arrived = perf_counter()
-        body, tools, tokens, budget = await _read(service, request)
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        grammar = await service.grammar(tools.constraint if tools else output_constraint(body))
-        params = sampling_params(body, service.tokenizer, budget, logprobs, body.prompt_logprobs, grammar)
-        options = text_options(body)
+        asked = await prepare(service, await service.read(ChatBody, request))
+        body = asked.body
         shape = Shape(
             n=body.n or 1,
-            prompt=tokens,
+            prompt=asked.tokens,
             spelling=Spelling(service.tokenizer, bool(body.return_tokens_as_token_ids)),
-            logprobs=logprobs is not None,
+            logprobs=bool(body.logprobs),
             prompt_logprobs=body.prompt_logprobs,
             token_ids=bool(body.return_token_ids),
         )
-        choices = [options.choice(service.tokenizer, tokens, tools=tools) for _ in range(shape.n)]
         envelope = Envelope(new_id("chatcmpl"), unix_now(), body.model, service.facts().fingerprint)
-        usage = Usage(prompt_tokens=len(tokens))
-        generations = submit(service, body, envelope.id, [tokens], params, [budget])
-        sink: ChatStream | ChatDocument
+        usage = asked.usage()
+        sink: Sink
         if body.stream:
             show_route = request.headers.get(ROUTE_HEADER) == "1"
             frames = Frames(envelope, "chat.completion.chunk", body, usage, show_route=show_route)
             sink = ChatStream(frames, shape)
         else:
             sink = ChatDocument(envelope, shape, usage)
-        return answer(
-            service,
-            body,
-            envelope.id,
-            arrived,
-            generations,
-            [tokens],
-            choices,
-            sink,
-            usage,
-            max_tokens=budget,
-        )
+        return await respond(service, asked, envelope.id, arrived, sink, usage)
 
     @router.post("/v1/chat/completions/render", openapi_extra=openapi_body(ChatBody))
     async def render_chat_completion(request: Request) -> Response:
         """The prompt that a completion of this body would get, as token ids; nothing is generated."""
-        body, _, tokens, _ = await _read(service, request)
-        return json_response(rendered(new_id("chatcmpl"), body.model, tokens))
+        asked = await prepare(service, await service.read(ChatBody, request))
+        return json_response(rendered(new_id("chatcmpl"), asked.body.model, asked.tokens))
 
     return router
-
-
-async def _read(service: Service, request: Request) -> tuple[ChatBody, Tools | None, list[int], int]:
-    """The checked body, what the model may call, the prompt and how many tokens may follow it."""
-    body = await service.read(ChatBody, request)
-    check_chat(body)
-    service.check_priority(body.priority)
-    tools = offered_tools(body, service.tokenizer)
-    max_model_len = service.facts().max_model_len
-    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    tokens = await prompt_tokens(service, body, bounded=body.truncate_prompt_tokens is None)
-    tokens = truncated(body, tokens, asked, max_model_len)
-    check_prompt_logprobs(body, len(tokens))
-    return body, tools, tokens, token_budget(asked, len(tokens), max_model_len, "messages")
-
-
-def check_chat(body: ChatBody) -> None:
-    """What pydantic cannot say of one field alone. Raises `RequestError` 400."""
-    check_stream_options(body)
-    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    limit = getattr(body, name)
-    if limit == 0:
-        raise RequestError(400, f"{name} must be at least 1.", param=name)
-    check_min_tokens(body.min_tokens, limit)
-    refuse_extra_choices(body.best_of, body.n or 1)
-    if body.top_logprobs is not None and not body.logprobs:
-        raise RequestError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
-    if (body.model_extra or {}).get("echo"):
-        raise unsupported("echo", "it is a parameter of /v1/completions")
-
-
-async def prompt_tokens(service: Service, body: ConversationBody, *, bounded: bool = True) -> list[int]:
-    """Token ids of a conversation; see `Service.encode`. Raises `RequestError` 400."""
-    chat = service.tokenizer.chat
-    messages = template_messages(body.messages, knows_developer_role=chat is not None and chat.knows_developer_role)
-    variables = _template_variables(body)
-
-    def encoded() -> list[int]:
-        text = service.tokenizer.render_chat(messages, body.tools, **variables)
-        return service.encode(text, special=bool(body.add_special_tokens), param="messages", bounded=bounded)
-
-    return await service.beside(encoded, sum(len(message["content"]) for message in messages))
-
-
-def _template_variables(body: ConversationBody) -> dict[str, Any]:
-    if body.continue_final_message and body.add_generation_prompt:
-        raise RequestError(
-            400,
-            "continue_final_message and add_generation_prompt exclude each other.",
-            param="continue_final_message",
-        )
-    variables = dict(body.chat_template_kwargs or {})
-    for name in RESERVED_TEMPLATE_NAMES & variables.keys():
-        raise RequestError(400, f"chat_template_kwargs must not set {name}.", param=f"chat_template_kwargs.{name}")
-    if body.reasoning_effort is not None:
-        variables["reasoning_effort"] = body.reasoning_effort
-    if body.add_generation_prompt is not None:
-        variables["add_generation_prompt"] = body.add_generation_prompt
-    if body.continue_final_message is not None:
-        variables["continue_final_message"] = body.continue_final_message
-    return variables
 
 
 class ChatStream:

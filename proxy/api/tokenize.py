@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from mesh.errors import RequestError
-from proxy.api.chat import prompt_tokens
+from proxy.api.conversation import prompt_tokens
 from proxy.api.frames import json_response
 from proxy.api.schemas import DetokenizeBody, TokenizeBody, openapi_body
 from proxy.api.service import Service

@@ -21,6 +21,8 @@ class Piece:
     offsets: tuple[int, ...]
     """Characters of the choice's text before each of those tokens."""
     calls: tuple[ToolCall, ...] = ()
+    reasoning: str = ""
+    """What the model thought before its answer; comes before `text`."""
 
 
 class ChoiceText:
