@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -25,11 +26,22 @@ READY_S = 90.0
 POLL_S = 0.01
 
 
+_ports = itertools.cycle(range(10_000, 32_000))
+for _ in range(os.getpid() * 101 % 22_000):
+    next(_ports)
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-    return port
+    """Below the ports that the kernel gives to outgoing connections: one of those may be taken before it is used.
+    Test processes begin at different places and never take the same port twice in a row."""
+    for port in _ports:
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("unreachable: the ports are a cycle")
 
 
 def wait_until(condition: Callable[[], bool], what: str | Callable[[], str], timeout: float = 30.0) -> None:

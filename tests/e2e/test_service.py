@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 from openai import AsyncOpenAI, BadRequestError, InternalServerError, NotFoundError
 
-from tests.e2e.processes import ROOT, Deployment, deployment, wait_until
+from tests.e2e.processes import ROOT, Deployment, deployment, free_port, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -241,10 +240,7 @@ def test_a_bad_body_is_refused_with_an_error_object(service: Deployment, body: b
 
 
 def test_without_workers_requests_are_503_with_retry_after(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    running = Deployment(tmp_path, DEMO, port)
+    running = Deployment(tmp_path, DEMO, free_port())
     running.start_proxy()
     try:
         wait_until(lambda: post_status(running) == 503, "the proxy answers", 60)
