@@ -62,10 +62,10 @@ def main() -> None:
         compiling = perf_counter() - began
         masks: list[float] = []
         while len(masks) < TOKENS:
-            matcher, tokens = compiled.copy(), [0]
-            while tokens[-1] != VOCAB - 1 and len(masks) < TOKENS:
+            matcher, tokens = compiled.copy(), list[int]()
+            while VOCAB - 1 not in tokens[-1:] and len(masks) < TOKENS:
                 began = perf_counter()
-                flags = matcher.allowed(tokens, 1, SamplingParams(max_tokens=TOKENS, stop_token_ids=tuple(eos)))
+                flags = matcher.allowed(tokens, SamplingParams(max_tokens=TOKENS, stop_token_ids=tuple(eos)))
                 masks.append((perf_counter() - began) * 1e6)
                 tokens.append(int(choose.choice(np.flatnonzero(flags))))
         p50, p99 = quantiles(masks, n=100)[49::49]

@@ -38,21 +38,22 @@ class Matcher:
         """For another request with the same grammar; before the first mask only."""
         return Matcher(self._matcher.deep_copy(), len(self._bits) * 32, self.eos_token_ids)
 
-    def allowed(self, tokens: Sequence[int], num_prompt_tokens: int, params: SamplingParams) -> Flags:
-        """Per token id whether it may follow `tokens`; at least one may. Raises `GrammarError`.
+    def allowed(self, output: Sequence[int], params: SamplingParams, begin: int = 0) -> Flags:
+        """Per token id whether it may follow `output`, of which the grammar has what comes from `begin` on; at least
+        one may. Raises `GrammarError`.
 
         An end of the sequence that would not end the request (`ignore_eos`, `min_tokens`) may only follow where
         nothing else may: the grammar is complete.
         """
         began = time.thread_time()
-        output = tokens[num_prompt_tokens + self._num_seen :]
-        self._matcher.consume_tokens(list(output))
-        self._num_seen += len(output)
+        new = output[begin + self._num_seen :]
+        self._matcher.consume_tokens(list(new))
+        self._num_seen += len(new)
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         self.cost_s = time.thread_time() - began
         check_matcher(self._matcher)
         flags = np.unpackbits(self._bits.view(np.uint8), bitorder="little").view(np.bool_)
-        early = self._num_seen < params.min_tokens
+        early = len(output) < params.min_tokens
         unwanted = [token for token in self.eos_token_ids if early or token not in params.stop_token_ids]
         if early:
             unwanted += [token for token in params.stop_token_ids if token < len(flags)]

@@ -16,7 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from engine.grammar import Matcher
+import numpy as np
+
+from engine.grammar import Flags, Matcher
+from engine.thinking import Thought
 from mesh.messages import TokenLogprob
 from mesh.params import SamplingParams
 
@@ -47,6 +50,8 @@ class EngineRequest:
     """Keep the blocks referenced after leaving by `stop_after`."""
     matcher: Matcher | None = None
     """Of `params.grammar`; whoever hands the request in has compiled it."""
+    thought: Thought | None = field(init=False)
+    """Of `params.thinking`."""
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -76,6 +81,9 @@ class EngineRequest:
     """Engine clock, seconds."""
     first_scheduled: float | None = None
 
+    def __post_init__(self) -> None:
+        self.thought = None if self.params.thinking is None else Thought(self.params.thinking)
+
     @property
     def num_tokens(self) -> int:
         return len(self.tokens)
@@ -92,3 +100,26 @@ class EngineRequest:
     def wants_prompt_logprobs(self) -> bool:
         """The prompt has to pass through the model here: nobody has sampled from it yet."""
         return self.params.prompt_logprobs is not None and len(self.tokens) == self.num_prompt_tokens
+
+    def allowed(self) -> Flags | None:
+        """Per token id, as far as the flags go, whether thinking and grammar let it follow; None: any may.
+
+        Raises `GrammarError` when the grammar cannot be followed.
+        """
+        thought, output = self.thought, self.tokens[self.num_prompt_tokens :]
+        if thought is not None:
+            thought.follow(output)
+            if thought.forced is not None:
+                flags = np.zeros(thought.forced + 1, np.bool_)
+                flags[-1] = True
+                return flags
+            if thought.answer_at is None and not thought.may_open:
+                return None
+        if self.matcher is None:
+            return None
+        flags = self.matcher.allowed(output, self.params, 0 if thought is None else thought.answer_at or 0)
+        opening = None if self.params.thinking is None else self.params.thinking.open
+        if thought is not None and thought.may_open and opening is not None:
+            flags = flags.copy()
+            flags[opening] = True
+        return flags

@@ -17,7 +17,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.grammar import Matcher
 from engine.request import EngineRequest
 from engine.step import Sampled
 from mesh.errors import GrammarError
@@ -77,8 +76,7 @@ def _splitmix64(x: int) -> int:
 def _adjusted(logits: Tensor, requests: Sequence[EngineRequest]) -> tuple[Tensor, dict[int, str]]:
     """Logits after penalties, bias, suppression and grammars, the same tensor where no row asks for any; and the rows
     whose grammar cannot be followed, with the reason."""
-    repeated, counted, biased = [], [], []
-    constrained: list[tuple[int, Matcher]] = []
+    repeated, counted, biased, constrained = [], [], [], []
     for row, request in enumerate(requests):
         params = request.params
         if params.repetition_penalty != 1.0:
@@ -88,8 +86,8 @@ def _adjusted(logits: Tensor, requests: Sequence[EngineRequest]) -> tuple[Tensor
         suppresses = request.num_output_tokens < params.min_tokens or params.bad_words or params.allowed_token_ids
         if params.logit_bias or suppresses:
             biased.append(row)
-        if request.matcher is not None:
-            constrained.append((row, request.matcher))
+        if request.matcher is not None or request.thought is not None:
+            constrained.append(row)
     if not repeated and not counted and not biased and not constrained:
         return logits, {}
     logits = logits.clone(memory_format=torch.contiguous_format)
@@ -157,24 +155,24 @@ def _completing(request: EngineRequest) -> list[int]:
     return completing
 
 
-def _constrain(
-    logits: Tensor, constrained: Sequence[tuple[int, Matcher]], requests: Sequence[EngineRequest]
-) -> dict[int, str]:
-    """Leaves only what each row's grammar allows; the rows that fail, with the reason."""
+def _constrain(logits: Tensor, rows: Sequence[int], requests: Sequence[EngineRequest]) -> dict[int, str]:
+    """Leaves only what each row's thinking and grammar allow; the rows that fail, with the reason."""
     failures: dict[int, str] = {}
     spent = 0.0
-    for row, matcher in constrained:
-        if spent > MASKS_S and matcher.cost_s > SLOW_MASK_S:
+    for row in rows:
+        request = requests[row]
+        if spent > MASKS_S and request.matcher is not None and request.matcher.cost_s > SLOW_MASK_S:
             failures[row] = "its grammar takes too much time"
             continue
-        request = requests[row]
         try:
-            flags = matcher.allowed(request.tokens, request.num_prompt_tokens, request.params)
+            flags = request.allowed()
         except GrammarError as error:
             failures[row] = str(error)  # something is drawn for it too, and thrown away
             continue
         finally:
-            spent += matcher.cost_s
+            spent += 0.0 if request.matcher is None else request.matcher.cost_s
+        if flags is None:
+            continue
         banned = torch.from_numpy(~flags[: logits.shape[1]]).to(logits.device)
         logits[row, : len(banned)].masked_fill_(banned, float("-inf"))
         logits[row, len(banned) :] = float("-inf")

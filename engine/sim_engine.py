@@ -188,11 +188,11 @@ class SimRunner:
             return Sampled(None, prompt_logprobs=prompt)
         number = splitmix64(digest)
         token = self._first_token + number % (self._vocab - self._first_token)
-        if request.matcher is not None:
-            try:
-                flags = request.matcher.allowed(request.tokens, request.num_prompt_tokens, request.params)
-            except GrammarError as error:
-                return Sampled(None, failure=str(error))
+        try:
+            flags = request.allowed()
+        except GrammarError as error:
+            return Sampled(None, failure=str(error))
+        if flags is not None:
             allowed = np.flatnonzero(flags)
             token = int(allowed[number % len(allowed)])
         top = request.params.logprobs

@@ -8,6 +8,18 @@ from mesh.wire import TokenIds
 
 
 @dataclass(frozen=True, slots=True)
+class Thinking:
+    """How the output begins when the model thinks before it answers; a mark is one token."""
+
+    close: int
+    """The token after which the answer begins."""
+    open: int | None = None
+    """The token with which an output that thinks begins; None: the prompt has begun the thinking."""
+    budget: int | None = None
+    """Tokens between the marks after which `close` must follow; None: any number."""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the tokens of one choice are drawn.
 
@@ -52,5 +64,7 @@ class SamplingParams:
     priority: int = 0
     """Of two requests of a worker the one with the lower number goes first; among equals, age decides."""
     grammar: str | None = None
-    """What the output must be (`mesh.grammar`): a token that cannot continue it is not drawn. Its end is an
-    end-of-sequence token, which then always ends the request."""
+    """What the output must be (`mesh.grammar`), after the thinking: a token that cannot continue it is not drawn. Its
+    end is an end-of-sequence token, which then always ends the request."""
+    thinking: Thinking | None = None
+    """None: the output is the answer."""

@@ -68,6 +68,11 @@ class ProxySettings:
     scheduling_policy: str = _flag(
         "fcfs: in order of arrival; priority: a request's `priority` first", "fcfs", choices=("fcfs", "priority")
     )
+    reasoning_parser: str = _flag(
+        "how the model writes what it thinks before it answers: auto (by its chat template), none, or a name such as "
+        "think, qwen3, deepseek_r1, mistral",
+        "auto",
+    )
     max_body_bytes: int = _flag("largest request body", 10 << 20, minimum=1)
     max_concurrent_requests: int = _flag("requests in flight; more get 503", 2048, minimum=1)
     request_timeout: float = _flag("seconds one request may take", 600.0, above=0.0)

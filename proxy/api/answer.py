@@ -43,15 +43,20 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int | None = None
+    """Of the completion; None: this model does not think before it answers."""
 
     def object(self) -> dict[str, Any]:
         """As OpenAI's `usage`."""
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        if self.reasoning_tokens is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
+        return usage
 
 
 class Sink(Protocol):
@@ -174,6 +179,8 @@ class Answer(Response):
             piece = self._piece(choice, chunk)
             self._time(number, now)
             job.usage.completion_tokens += piece.num_tokens
+            if job.usage.reasoning_tokens is not None:
+                job.usage.reasoning_tokens += piece.num_reasoning_tokens
             frames.append(job.sink.take(number, chunk, piece))
             if piece.finish is not None:
                 self._open -= 1

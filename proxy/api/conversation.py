@@ -9,6 +9,7 @@ from mesh.errors import RequestError
 from proxy.api.answer import Answer, Sink, Usage
 from proxy.api.errors import unsupported
 from proxy.api.messages import template_messages
+from proxy.api.reasoning import Reasoning, reasoning_of
 from proxy.api.sampling import (
     check_min_tokens,
     check_prompt_logprobs,
@@ -21,7 +22,7 @@ from proxy.api.sampling import (
 )
 from proxy.api.schemas import ChatBody, ConversationBody
 from proxy.api.service import Service
-from proxy.api.structured import output_constraint
+from proxy.api.structured import Constraint, output_constraint
 from proxy.api.submit import answer, submit
 from proxy.api.tools import Tools, offered_tools
 
@@ -39,9 +40,13 @@ class Asked:
     """The prompt."""
     budget: int
     """How many tokens may follow it."""
+    constraint: Constraint | None
+    """What the answer must be."""
+    reasoning: Reasoning | None
+    """None: no part of the output is thinking."""
 
     def usage(self) -> Usage:
-        return Usage(prompt_tokens=len(self.tokens))
+        return Usage(prompt_tokens=len(self.tokens), reasoning_tokens=None if self.reasoning is None else 0)
 
 
 async def prepare(service: Service, body: ChatBody) -> Asked:
@@ -49,23 +54,31 @@ async def prepare(service: Service, body: ChatBody) -> Asked:
     check_chat(body)
     service.check_priority(body.priority)
     tools = offered_tools(body, service.tokenizer)
+    constraint = tools.constraint if tools else output_constraint(body)
     max_model_len = service.facts().max_model_len
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     tokens = await prompt_tokens(service, body, bounded=body.truncate_prompt_tokens is None)
     tokens = truncated(body, tokens, limit, max_model_len)
     check_prompt_logprobs(body, len(tokens))
-    return Asked(body, tools, tokens, token_budget(limit, len(tokens), max_model_len, "messages"))
+    budget = token_budget(limit, len(tokens), max_model_len, "messages")
+    constrained = constraint is not None
+    reasoning = reasoning_of(body, service.reasoning, service.tokenizer, tokens, constrained=constrained)
+    return Asked(body, tools, tokens, budget, constraint, reasoning)
 
 
 async def respond(service: Service, asked: Asked, api_id: str, arrived: float, sink: Sink, usage: Usage) -> Answer:
     """The response that generates the answer and has `sink` write it. `arrived`: `perf_counter` at the request's
     arrival. Raises `RequestError` when no worker takes it."""
-    body, tools = asked.body, asked.tools
+    body, reasoning = asked.body, asked.reasoning
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    grammar = await service.grammar(tools.constraint if tools else output_constraint(body))
-    params = sampling_params(body, service.tokenizer, asked.budget, logprobs, body.prompt_logprobs, grammar)
+    grammar = await service.grammar(asked.constraint)
+    thinking = None if reasoning is None else reasoning.thinking
+    params = sampling_params(body, service.tokenizer, asked.budget, logprobs, body.prompt_logprobs, grammar, thinking)
     options = text_options(body)
-    choices = [options.choice(service.tokenizer, asked.tokens, tools=tools) for _ in range(body.n or 1)]
+    choices = [
+        options.choice(service.tokenizer, asked.tokens, tools=asked.tools, reasoning=reasoning)
+        for _ in range(body.n or 1)
+    ]
     generations = submit(service, body, api_id, [asked.tokens], params, [asked.budget])
     return answer(
         service,
@@ -121,6 +134,8 @@ def _template_variables(body: ConversationBody) -> dict[str, Any]:
         raise RequestError(400, f"chat_template_kwargs must not set {name}.", param=f"chat_template_kwargs.{name}")
     if body.reasoning_effort is not None:
         variables["reasoning_effort"] = body.reasoning_effort
+        if body.reasoning_effort == "none":
+            variables.setdefault("enable_thinking", False)
     if body.add_generation_prompt is not None:
         variables["add_generation_prompt"] = body.add_generation_prompt
     if body.continue_final_message is not None:

@@ -45,6 +45,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
             if not isinstance(value, str):
                 raise RequestError(400, f"{where}.{name} must be a string.", param=f"{where}.{name}")
             result[name] = value
+    thought = result.get("reasoning_content", result.get("reasoning"))
+    if thought is not None:  # clients send back either name, and templates read either
+        result |= {"reasoning": thought, "reasoning_content": thought}
     return result
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesh.errors import RequestError
-from mesh.params import SamplingParams
+from mesh.params import SamplingParams, Thinking
 from mesh.tokenizer import Tokenizer
 from proxy.api.errors import unsupported
+from proxy.api.reasoning import Reasoning
 from proxy.api.schemas import GenerationBody
 from proxy.api.tools import Tools
 from proxy.text.choice import ChoiceText
@@ -43,14 +44,22 @@ class TextOptions:
     min_tokens: int
 
     def choice(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], start: int = 0, tools: Tools | None = None
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        start: int = 0,
+        tools: Tools | None = None,
+        reasoning: Reasoning | None = None,
     ) -> ChoiceText:
         """A fresh choice that continues `prompt`; its text begins after `start` characters."""
         keep = frozenset[int]() if tools is None else tools.mark_ids
+        if reasoning is not None:
+            keep |= reasoning.mark_ids
         return ChoiceText(
             detokenizer(tokenizer, prompt, skip_special_tokens=self.skip_special_tokens, keep=keep),
             StopStrings(self.stops, include=self.include_stop) if self.stops else None,
             None if tools is None else tools.parser(),
+            None if reasoning is None else reasoning.parser(),
             hide_stop_token=not self.include_stop,
             min_tokens=self.min_tokens,
             start=start,
@@ -73,6 +82,7 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None,
     grammar: str | None,
+    thinking: Thinking | None = None,
 ) -> SamplingParams:
     """The workers' share of `body`. Raises `RequestError` 400."""
     stop_ids = _checked_ids("stop_token_ids", body.stop_token_ids or (), MAX_STOP_TOKEN_IDS, tokenizer)
@@ -106,6 +116,7 @@ def sampling_params(
         bad_words=bad_words,
         priority=body.priority or 0,
         grammar=grammar,
+        thinking=thinking,
     )
 
 

@@ -283,6 +283,10 @@ class ChatBody(GenerationBody, ConversationBody):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
+    thinking_token_budget: Count | None = None
 
 
 class CompletionBody(GenerationBody):

@@ -22,6 +22,7 @@ from proxy.api.structured import Constraint, invalid_schema
 from proxy.generation import Dispatcher, ModelFacts
 from proxy.grammars import GrammarCheck
 from proxy.metrics import ProxyMetrics
+from proxy.text.reasoning import ReasoningFormat
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ class Service:
     grammars: GrammarCheck
     model_names: tuple[str, ...]
     """What clients may ask for: `model_name` and its aliases."""
+    reasoning: ReasoningFormat | None
+    """How the model writes what it thinks before it answers."""
     unknown: set[str] = field(default_factory=set)
     """Names of body fields that the log already has."""
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from proxy.text.detokenizer import Detokenizer
+from proxy.text.reasoning import ReasoningParser
 from proxy.text.stopstrings import StopStrings
 from proxy.text.toolcalls import ToolCall, ToolCallParser
 
@@ -23,6 +24,8 @@ class Piece:
     calls: tuple[ToolCall, ...] = ()
     reasoning: str = ""
     """What the model thought before its answer; comes before `text`."""
+    num_reasoning_tokens: int = 0
+    """How many of the tokens belong to the thinking, its marks included."""
 
 
 class ChoiceText:
@@ -33,6 +36,7 @@ class ChoiceText:
         "_detokenizer",
         "_hide_stop_token",
         "_min_tokens",
+        "_reasoning",
         "_stops",
         "_tools",
         "finish",
@@ -44,6 +48,7 @@ class ChoiceText:
         detokenizer: Detokenizer,
         stops: StopStrings | None = None,
         tools: ToolCallParser | None = None,
+        reasoning: ReasoningParser | None = None,
         *,
         hide_stop_token: bool = True,
         min_tokens: int = 0,
@@ -55,6 +60,7 @@ class ChoiceText:
         self._detokenizer = detokenizer
         self._stops = stops
         self._tools = tools
+        self._reasoning = reasoning
         self._hide_stop_token = hide_stop_token
         self._min_tokens = min_tokens
         self._decoded = start
@@ -63,24 +69,44 @@ class ChoiceText:
 
     def push(self, tokens: Sequence[int], finish: str | None) -> Piece:
         """`finish`: what the engine says of the last of `tokens`."""
-        text = ""
+        text = reasoning = ""
+        num_reasoning = 0
         offsets = []
         for i, token in enumerate(tokens):
             self.num_tokens += 1
             offsets.append(self._decoded)
             ends = finish == "stop" and i == len(tokens) - 1
-            text += self._shown("" if ends and self._hide_stop_token else self._detokenizer.push(token))
+            new = self._shown("" if ends and self._hide_stop_token else self._detokenizer.push(token))
+            if self._reasoning is not None and not self._reasoning.over:
+                thinks = self._reasoning.thinking
+                thought, new = self._reasoning.push(new)
+                reasoning += thought
+                num_reasoning += thinks or self._reasoning.thinking
+            text += new
             if self._matched:
                 break
-        if finish is not None and not self._matched:
-            text += self._shown(self._detokenizer.flush())
-            if self._stops is not None and not self._matched:
-                text += self._stops.flush()
+        if finish is not None or self._matched:
+            thought, last = self._last(finish)
+            reasoning += thought
+            text += last
         self.finish = "stop" if self._matched else finish
         calls: tuple[ToolCall, ...] = ()
         if self._tools is not None:
             text, calls = self._parsed(self._tools, text)
-        return Piece(text, len(offsets), self.finish, tuple(offsets), calls)
+        return Piece(text, len(offsets), self.finish, tuple(offsets), calls, reasoning, num_reasoning)
+
+    def _last(self, finish: str | None) -> tuple[str, str]:
+        """Thinking and text that were held back, when no token follows."""
+        text = ""
+        if finish is not None and not self._matched:
+            text = self._shown(self._detokenizer.flush())
+            if self._stops is not None and not self._matched:
+                text += self._stops.flush()
+        if self._reasoning is None or self._reasoning.over:
+            return "", text
+        thought, said = self._reasoning.push(text)
+        more_thought, more = self._reasoning.flush()
+        return thought + more_thought, said + more
 
     def _parsed(self, tools: ToolCallParser, text: str) -> tuple[str, tuple[ToolCall, ...]]:
         """Text without the calls in it. An answer that ends by itself after a call ends with `tool_calls`."""

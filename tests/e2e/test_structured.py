@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from engine.engine import Engine, EngineConfig
 from engine.grammar import Matcher
 from engine.request import EngineRequest
 from mesh.grammar import Vocabulary, compile_grammar
-from mesh.params import SamplingParams
+from mesh.params import SamplingParams, Thinking
 from mesh.tokenizer import Tokenizer
 from proxy.api.structured import json_grammar
 from tests.e2e.fleet import Answer, Fleet, Shape, fleet
@@ -31,7 +32,16 @@ SCHEMA: dict[str, Any] = {
     "required": ["name", "sizes", "kind"],
     "additionalProperties": False,
 }
-GRAMMARS = (json_grammar(SCHEMA), "start: /[a-f]{3}-[0-9]{4,9}/", 'start: "yes" | "no" | "maybe"', None)
+CODE = "start: /[a-f]{3}-[0-9]{4,9}/"
+THINKING = Thinking(close=40, budget=9)
+"""No answer begins within its budget unless the model writes that token, which is as good as any other."""
+CASES = (
+    (json_grammar(SCHEMA), None),
+    (CODE, None),
+    ('start: "yes" | "no" | "maybe"', None),
+    (None, None),
+    (CODE, THINKING),
+)
 PROMPTS = [[(7 * i + j) % 250 for j in range(1 + 13 * i)] for i in range(8)]
 CLOSING = tuple((ord(c) - ord("!"), 5.0) for c in '",]}')
 """Random weights would rather go on writing; ids as in `tests.tiny_models.save_tokenizer`."""
@@ -48,15 +58,23 @@ def open_fleet(model: Path, directory: Path, shape: Shape, prefill: int) -> Any:
     return fleet(directory, load, shape, prefill=prefill, decode=1, tokenizer=lambda: Tokenizer.load(model))
 
 
-def params(grammar: str | None) -> SamplingParams:
-    return SamplingParams(max_tokens=60, top_p=0.95, seed=3, grammar=grammar, stop_token_ids=(EOS,), logit_bias=CLOSING)
+def params(grammar: str | None, thinking: Thinking | None = None) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=60,
+        top_p=0.95,
+        seed=3,
+        grammar=grammar,
+        stop_token_ids=(EOS,),
+        logit_bias=CLOSING,
+        thinking=thinking,
+    )
 
 
 def generate(running: Fleet, *, alone: bool = False) -> list[list[list[Answer]]]:
-    """Per grammar and prompt, two choices."""
+    """Per case and prompt, two choices."""
     if not alone:
-        return [running.generate(PROMPTS, params(grammar), n=2) for grammar in GRAMMARS]
-    return [[running.generate([p], params(grammar), n=2)[0] for p in PROMPTS] for grammar in GRAMMARS]
+        return [running.generate(PROMPTS, params(*case), n=2) for case in CASES]
+    return [[running.generate([p], params(*case), n=2)[0] for p in PROMPTS] for case in CASES]
 
 
 def tokens(answers: list[list[list[Answer]]]) -> list[list[int]]:
@@ -72,7 +90,7 @@ def co_located(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[li
 
 def test_answers_are_what_their_grammars_say(model: Path, co_located: list[list[list[Answer]]]) -> None:
     tokenizer = Tokenizer.load(model)
-    objects, codes, words, _ = co_located
+    objects, codes, words, _, thoughtful = co_located
     complete = 0
     for choices in objects:
         for answer in choices:
@@ -83,6 +101,14 @@ def test_answers_are_what_their_grammars_say(model: Path, co_located: list[list[
     assert complete > 4
     assert all(a.finish == "stop" and len(a.tokens) in range(9, 15) for choices in codes for a in choices)
     assert {tokenizer.decode(a.tokens) for choices in words for a in choices} == {"yes", "no", "maybe"}
+    thoughts = []
+    for answer in (answer for choices in thoughtful for answer in choices):
+        if EOS in answer.tokens[:9]:
+            continue
+        thoughts.append(answer.tokens.index(THINKING.close))
+        assert thoughts[-1] <= 9
+        assert re.fullmatch("[a-f]{3}-[0-9]{4,9}", tokenizer.decode(answer.tokens[thoughts[-1] + 1 :]))
+    assert len(thoughts) > 4
 
 
 @pytest.mark.parametrize("prefill", [0, 1])

@@ -38,7 +38,7 @@ def params(**fields: Any) -> SamplingParams:
 
 
 def allowed(grammar: str, output: Sequence[int], settings: SamplingParams | None = None) -> set[int]:
-    flags = matcher(grammar).allowed([7, 7, *output], 2, settings or params())
+    flags = matcher(grammar).allowed(output, settings or params())
     return set(np.flatnonzero(flags).tolist())
 
 
@@ -85,7 +85,7 @@ def test_special_tokens_and_ids_without_text_match_nothing_but_their_names() -> 
 def test_every_end_of_sequence_token_ends_a_grammar_and_only_where_it_may_end() -> None:
     both = replace(VOCABULARY, eos=(EOS, OTHER_EOS))
     settings = params(stop_token_ids=(EOS, OTHER_EOS))
-    assert set(np.flatnonzero(matcher('start: "a"', both).allowed([A], 0, settings)).tolist()) == {EOS, OTHER_EOS}
+    assert set(np.flatnonzero(matcher('start: "a"', both).allowed([A], settings)).tolist()) == {EOS, OTHER_EOS}
     assert allowed('start: "ab"', [A]) == {B}
 
 
@@ -104,21 +104,21 @@ def test_a_stop_token_of_the_client_waits_for_min_tokens_too() -> None:
 def test_tokens_that_do_not_fit_are_an_error_for_good() -> None:
     place = matcher('start: "ab"')
     with pytest.raises(GrammarError):
-        place.allowed([C], 0, params())
+        place.allowed([C], params())
     with pytest.raises(GrammarError):
-        place.allowed([C], 0, params())
+        place.allowed([C], params())
 
 
 def test_a_vocabulary_that_cannot_spell_the_grammar_is_an_error() -> None:
     with pytest.raises(GrammarError, match="no t"):
-        matcher('start: "z"').allowed([], 0, params())
+        matcher('start: "z"').allowed([], params())
 
 
 def test_a_copy_starts_at_the_beginning_and_goes_its_own_way() -> None:
     first = matcher('start: "ab" | "c"')
     second = first.copy()
-    assert set(np.flatnonzero(first.allowed([A], 0, params()))) == {B}
-    assert set(np.flatnonzero(second.allowed([C], 0, params()))) == {EOS}
+    assert set(np.flatnonzero(first.allowed([A], params()))) == {B}
+    assert set(np.flatnonzero(second.allowed([C], params()))) == {EOS}
 
 
 def request(grammar: str | None, output: Sequence[int] = (), **fields: Any) -> EngineRequest:
