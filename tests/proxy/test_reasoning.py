@@ -17,7 +17,7 @@ from tests.proxy.api_client import Api, finishes
 from tests.proxy.fake_dispatcher import Script
 from tests.proxy.http_server import Server
 from tests.proxy.test_api_tools import CALL, WEATHER
-from tests.proxy.tiny_tokenizer import IM_END, TEMPLATE, byte_level, byte_level_backend
+from tests.proxy.tiny_tokenizer import IM_END, TEMPLATE, byte_level, byte_level_backend, token_of
 
 THINK = FORMATS[0]
 CASES = [
@@ -172,7 +172,7 @@ def test_calls_come_after_the_thinking_and_not_out_of_it() -> None:
 
 def test_a_grammar_begins_after_the_thinking() -> None:
     tokenizer = thinker()
-    open_id, close_id = (tokenizer.backend.token_to_id(mark) for mark in MARKS[:2])
+    open_id, close_id = (token_of(tokenizer, mark) for mark in MARKS[:2])
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
     served = api('<think>hello</think>{"a": 1}')
     message = served.chat(response_format=schema)["choices"][0]["message"]
