@@ -1,9 +1,13 @@
-"""What happens to a choice (events) and what is to be done about it (effects); see `proxy.lifecycle`."""
+"""What happens to a choice (events) and what is to be done about it (effects); see `proxy.lifecycle`.
+
+What exists once per token is a named tuple: it is made in a quarter of the time that a frozen dataclass takes.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from mesh.messages import TokenDelta, TokenLogprob
 from proxy.routing.place import Place
@@ -36,8 +40,7 @@ class NoRoute:
     absence: Absence
 
 
-@dataclass(frozen=True, slots=True)
-class Deltas:
+class Deltas(NamedTuple):
     worker: Place
     delta: TokenDelta
 
@@ -81,8 +84,7 @@ class Tick:
 Event = Routed | NoRoute | Deltas | WorkerRefused | WorkerLost | ClientGone | StopReached | FleetChanged | Tick
 
 
-@dataclass(frozen=True, slots=True)
-class Emit:
+class Emit(NamedTuple):
     index: int
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]

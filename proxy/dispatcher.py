@@ -184,9 +184,11 @@ class MeshDispatcher:
         """Takes the choice on by one event and does what follows."""
         if choice.wire_id not in self._choices:
             return
-        now = self._clock()
-        choice.state, effects = lifecycle.step(choice.state, event, now)
-        if effects or choice.state.ended:  # one that waited for a worker ends without any effect
+        now, before = self._clock(), choice.state
+        choice.state, effects = lifecycle.step(before, event, now)
+        if len(effects) == 1 and type(effects[0]) is Emit and choice.state.attempt is before.attempt:
+            choice.generation.emitted(choice.number, effects[0])  # nearly always: no table changes
+        elif effects or choice.state.ended:  # one that waited for a worker ends without any effect
             self._carry_out(choice, effects, now)
 
     def _carry_out(self, choice: Choice, effects: tuple[Effect, ...], now: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mesh import __version__
 from mesh.messages import PrefillReport, TokenLogprob
@@ -25,8 +25,7 @@ class GenerateRequest:
     cache_salt: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """New tokens of one choice, contiguous and each exactly once, whatever happened behind."""
 
     choice: int

@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 CLIENT_LEFT = "kvmesh.client_left"
 """Key in the ASGI scope: the answer was not delivered because the client went away."""
 
+SERVER_SEND = "kvmesh.send"
+"""Key in the ASGI scope: the server's own `send`. Once the answer has begun, the layers between have nothing to add."""
+
 
 @dataclass(slots=True, eq=False)
 class Usage:
@@ -102,7 +105,7 @@ class Answer(Response):
         self._failed = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        output = Output(send)
+        output = Output(send, scope.get(SERVER_SEND, send))
         work = asyncio.create_task(self._answer(output))
         gone = asyncio.create_task(_disconnect(receive))
         try:
@@ -169,7 +172,7 @@ class Answer(Response):
 
     def _take(self, batch: Batch) -> bytes:
         """The frames of chunks that arrived together."""
-        job, now, frames = self._job, perf_counter(), []
+        job, usage, now, frames = self._job, self._job.usage, perf_counter(), []
         prompt, chunks = batch
         for chunk in chunks:
             number = prompt * job.n + chunk.choice
@@ -178,9 +181,9 @@ class Answer(Response):
                 continue  # sent before the workers heard of the stop
             piece = self._piece(choice, chunk)
             self._time(number, now)
-            job.usage.completion_tokens += piece.num_tokens
-            if job.usage.reasoning_tokens is not None:
-                job.usage.reasoning_tokens += piece.num_reasoning_tokens
+            usage.completion_tokens += piece.num_tokens
+            if usage.reasoning_tokens is not None:
+                usage.reasoning_tokens += piece.num_reasoning_tokens
             frames.append(job.sink.take(number, chunk, piece))
             if piece.finish is not None:
                 self._open -= 1

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mesh.errors import RequestError
-from proxy.api.answer import CLIENT_LEFT
+from proxy.api.answer import CLIENT_LEFT, SERVER_SEND
 from proxy.api.door import Door
 from proxy.api.errors import error_response, internal_error
 from proxy.metrics import ProxyMetrics
@@ -49,6 +49,7 @@ class Edge:
                 MutableHeaders(scope=message)["x-request-id"] = label
             await send(message)
 
+        scope[SERVER_SEND] = send
         try:
             await self._app(scope, receive, labelled)
         except ClientDisconnect:

@@ -40,36 +40,39 @@ def error_frames(error: RequestError) -> bytes:
 class Output:
     """The answer of one request as it is sent; the status goes out with the first byte of the body."""
 
-    __slots__ = ("_send", "_writing", "last_write", "started")
+    __slots__ = ("_send", "_send_body", "_writing", "last_write", "started")
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, send_body: Send) -> None:
+        """`send_body` is for what follows the first message."""
         self._send = send
+        self._send_body = send_body
         self._writing = False
         self.started = False
         self.last_write = perf_counter()
 
     async def write(self, frames: bytes) -> None:
         """Sends `frames` of an event stream at once."""
-        await self._frames(frames, more=True)
+        self.last_write = perf_counter()
+        self._writing = True
+        if not self.started:
+            await self._start(200, HEADERS)
+        await self._send_body({"type": "http.response.body", "body": frames, "more_body": True})
+        self._writing = False
 
     async def end(self, frames: bytes) -> None:
         """Sends the last `frames` and ends the stream."""
-        await self._frames(frames, more=False)
+        self.last_write = perf_counter()
+        self._writing = True
+        if not self.started:
+            await self._start(200, HEADERS)
+        await self._send({"type": "http.response.body", "body": frames, "more_body": False})
 
     async def keep_alive(self) -> None:
         """Sends a comment, unless the client has not even taken what is being sent: the stream's end may be in it."""
         if self._writing:
             self.last_write = perf_counter()
         else:
-            await self._frames(KEEP_ALIVE, more=True)
-
-    async def _frames(self, frames: bytes, *, more: bool) -> None:
-        self.last_write = perf_counter()
-        self._writing = True
-        if not self.started:
-            await self._start(200, HEADERS)
-        await self._send({"type": "http.response.body", "body": frames, "more_body": more})
-        self._writing = False
+            await self.write(KEEP_ALIVE)
 
     async def document(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         """Sends a whole JSON answer."""

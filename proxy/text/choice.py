@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from proxy.text.detokenizer import Detokenizer
 from proxy.text.reasoning import ReasoningParser
@@ -11,8 +11,7 @@ from proxy.text.stopstrings import StopStrings
 from proxy.text.toolcalls import ToolCall, ToolCallParser
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What some new tokens of a choice come to."""
 
     text: str
@@ -36,6 +35,7 @@ class ChoiceText:
         "_detokenizer",
         "_hide_stop_token",
         "_min_tokens",
+        "_plain",
         "_reasoning",
         "_stops",
         "_tools",
@@ -64,11 +64,17 @@ class ChoiceText:
         self._hide_stop_token = hide_stop_token
         self._min_tokens = min_tokens
         self._decoded = start
+        self._plain = stops is None and tools is None and reasoning is None
         self.num_tokens = 0
         self.finish: str | None = None
 
     def push(self, tokens: Sequence[int], finish: str | None) -> Piece:
         """`finish`: what the engine says of the last of `tokens`."""
+        if self._plain and finish is None and len(tokens) == 1:  # nearly always
+            self.num_tokens += 1
+            offset, new = self._decoded, self._detokenizer.push(tokens[0])
+            self._decoded += len(new)
+            return Piece(new, 1, None, (offset,))
         text = reasoning = ""
         num_reasoning = 0
         offsets = []

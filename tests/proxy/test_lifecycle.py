@@ -73,7 +73,7 @@ def emits(effects: Sequence[Effect]) -> list[tuple[int, tuple[int, ...], str | N
 @pytest.mark.parametrize("module", [lifecycle, choice_events, journal])
 def test_the_lifecycle_reads_no_clock_and_touches_no_socket(module: object) -> None:
     tree = ast.parse(inspect.getsource(module))  # type: ignore[arg-type]
-    allowed = {"__future__", "collections.abc", "dataclasses", "enum", "mesh.messages"}
+    allowed = {"__future__", "collections.abc", "dataclasses", "enum", "mesh.messages", "typing"}
     allowed |= {"proxy.choice_events", "proxy.journal", "proxy.routing.place"}
     for node in ast.walk(tree):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
