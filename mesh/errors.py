@@ -60,3 +60,11 @@ class RequestError(KvmeshError):
         self.code = code
         self.param = param
         self.retry_after = retry_after
+
+
+SERVER_ERROR = "server_error"
+
+
+def internal_error() -> RequestError:
+    """What a client hears of a fault of ours: nothing but that."""
+    return RequestError(500, "The server had an error while processing your request.", type=SERVER_ERROR)

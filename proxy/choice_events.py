@@ -85,7 +85,7 @@ Event = Routed | NoRoute | Deltas | WorkerRefused | WorkerLost | ClientGone | St
 
 
 class Emit(NamedTuple):
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     finish: str | None

@@ -17,9 +17,10 @@ from typing import Any
 import h11
 import httptools
 from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from mesh.errors import RequestError
+from proxy.api.answer import PIPE
 from proxy.api.errors import error_object
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,25 @@ class PatientConnection(Guarded, H11Protocol):
         """An offer that is not taken up is no event."""
 
 
+class Pipe:
+    """Writes parts of one answer at once, beside the coroutine `send`, which costs as much as all else of a token."""
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def ready(self) -> bool:
+        """The answer has begun, its client is there and reads."""
+        cycle = self._cycle
+        return bool(cycle.chunked_encoding) and not (cycle.flow.write_paused or cycle.disconnected)
+
+    def write(self, part: bytes) -> None:
+        """While `ready`; the last part goes by `send`."""
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+
+
 class FastProtocol(HttpToolsProtocol):
     """httptools, until a request comes that h11 has to read."""
 
@@ -147,6 +167,9 @@ class FastProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         super().on_headers_complete()
+        if self.cycle is not None:
+            scope: dict[str, Any] = self.cycle.scope  # type: ignore[assignment]
+            scope[PIPE] = Pipe(self.cycle)
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:

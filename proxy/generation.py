@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -29,7 +29,7 @@ class Chunk(NamedTuple):
     """New tokens of one choice, contiguous and each exactly once, whatever happened behind."""
 
     choice: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     """Of the first token, among the choice's generated tokens."""
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
@@ -62,6 +62,10 @@ class Generation(Protocol):
     """
 
     def __aiter__(self) -> AsyncIterator[list[Chunk]]: ...
+
+    def offer(self, taker: Callable[[Chunk], bool]) -> None:
+        """From now on a chunk that comes while the iteration waits for one is offered to `taker` first, at once; False:
+        it goes to the iteration. For requests of one choice."""
 
     def stop(self, choice: int) -> None:
         """The choice has all it needs (a stop string): abort it at the workers. No more chunks for it come."""

@@ -274,8 +274,22 @@ def _with(
     phase: Phase = Phase.STREAMING,
 ) -> ChoiceState:
     """Once per token, so it is spelled out (`_replace` takes three times as long)."""
-    max_tokens, deadline, _, attempts, setbacks, attempt, _, _, _, *rest = state
-    return ChoiceState(max_tokens, deadline, phase, attempts, setbacks, attempt, journal, aside, gap_since, *rest)
+    return ChoiceState(
+        state.max_tokens,
+        state.deadline,
+        phase,
+        state.attempts,
+        state.setbacks,
+        state.attempt,
+        journal,
+        aside,
+        gap_since,
+        state.cause,
+        state.excluded,
+        state.unrouted_since,
+        state.retry_at,
+        state.reports,
+    )
 
 
 def _agrees(journal: Journal, delta: TokenDelta) -> bool:

@@ -5,13 +5,17 @@ Nothing is observed while tokens flow: a request collects its own times and hand
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client import generate_latest as classic_text
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as OPENMETRICS_TYPE
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics_text
+from prometheus_client.registry import Collector
 
 from mesh.messages import PrefillReport
 
@@ -55,6 +59,29 @@ class RequestRecord:
     reports: Sequence[PrefillReport] = ()
 
 
+class GapHistogram(Collector):
+    """The one family that gets a value per token: the library's histogram would take longer than sending it."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model = model_name
+        self._counts = [0] * (len(ITL_S) + 1)
+        self._sum = 0.0
+
+    def observe(self, gaps: Sequence[float]) -> None:
+        counts = self._counts
+        for gap in gaps:
+            counts[bisect_left(ITL_S, gap)] += 1
+        self._sum += sum(gaps)
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(
+            "vllm:inter_token_latency_seconds", "Between a choice's tokens.", labels=("model_name",)
+        )
+        bounds = [*map(str, map(float, ITL_S)), "+Inf"]
+        family.add_metric([self._model], list(zip(bounds, accumulate(self._counts), strict=True)), self._sum)
+        yield family
+
+
 class ProxyMetrics:
     """All families of the proxy's API; every label value is known from the start, so absent means zero."""
 
@@ -63,7 +90,8 @@ class ProxyMetrics:
         """Other parts of the proxy register here; one scrape shows all."""
         self._model = model_name
         self._ttft = self._histogram("time_to_first_token_seconds", "From request to first token.", TTFT_S)
-        self._itl = self._histogram("inter_token_latency_seconds", "Between a choice's tokens.", ITL_S)
+        self._itl = GapHistogram(model_name)
+        self.registry.register(self._itl)
         self._tpot = self._histogram(
             "request_time_per_output_token_seconds", "Mean time per token after the first.", ITL_S
         )
@@ -120,8 +148,7 @@ class ProxyMetrics:
         self._decode.observe(decode_s)
         if record.gaps:
             self._tpot.observe(sum(record.gaps) / len(record.gaps))
-        for gap in record.gaps:
-            self._itl.observe(gap)
+        self._itl.observe(record.gaps)
 
     def observe_http(self, handler: str, method: str, status: int, seconds: float) -> None:
         """`status` 499: the client left before the answer was complete."""

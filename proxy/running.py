@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 
-from mesh.errors import RequestError
+from mesh.errors import RequestError, internal_error
 from mesh.layout import KvLayout
 from mesh.params import SamplingParams
 from proxy.choice_events import ClientGone, Emit, Event, Fail, StopReached
 from proxy.generation import Chunk, GenerateRequest, Route
 from proxy.lifecycle import ChoiceState
 from proxy.routing.place import Place
+
+log = logging.getLogger(__name__)
 
 Feed = Callable[["Choice", Event], None]
 """Gives a choice an event and carries out what follows from it."""
@@ -74,6 +77,8 @@ class RunningGeneration:
         self._chunks: list[Chunk] = []
         self._failure: RequestError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        """What the iteration waits for; done or None while the reader is busy with chunks that came before."""
+        self._taker: Callable[[Chunk], bool] | None = None
 
     def begin(self, choices: Sequence[Choice], feed: Feed) -> None:
         self.choices = list(choices)
@@ -118,8 +123,20 @@ class RunningGeneration:
     def failure(self) -> RequestError | None:
         return self._failure
 
+    def offer(self, taker: Callable[[Chunk], bool]) -> None:
+        self._taker = taker
+
     def emitted(self, choice: int, emit: Emit) -> None:
-        self._chunks.append(Chunk(choice, emit.index, emit.tokens, emit.logprobs, emit.finish, emit.prompt_logprobs))
+        chunk = Chunk(choice, emit.index, emit.tokens, emit.logprobs, emit.finish, emit.prompt_logprobs)
+        idle = self._waiter is not None and not self._waiter.done()
+        try:
+            if idle and self._taker is not None and self._taker(chunk):
+                return
+        except Exception:  # one reader's fault must not reach those whose tokens came in the same message
+            log.exception("request %s failed", self.request.request_id)
+            self.end(internal_error())
+            return
+        self._chunks.append(chunk)
         self._wake()
 
     def failed(self, choice: int, fail: Fail) -> None:

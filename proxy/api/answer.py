@@ -16,14 +16,14 @@ import logging
 from collections.abc import MutableMapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mesh.errors import RequestError
-from proxy.api.errors import internal_error
+from mesh.errors import RequestError, internal_error
 from proxy.api.merge import Batch, merged
 from proxy.api.sse import Output, error_frames
 from proxy.generation import Chunk, Generation, Route
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 CLIENT_LEFT = "kvmesh.client_left"
 """Key in the ASGI scope: the answer was not delivered because the client went away."""
 
-SERVER_SEND = "kvmesh.send"
-"""Key in the ASGI scope: the server's own `send`. Once the answer has begun, the layers between have nothing to add."""
+PIPE = "kvmesh.pipe"
+"""Key in the ASGI scope: the connection's `Pipe`, where it has one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +60,15 @@ class Usage:
         if self.reasoning_tokens is not None:
             usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
         return usage
+
+
+class Pipe(Protocol):
+    """See `proxy.connection`."""
+
+    @property
+    def ready(self) -> bool: ...
+
+    def write(self, part: bytes) -> None: ...
 
 
 class Sink(Protocol):
@@ -105,7 +114,10 @@ class Answer(Response):
         self._failed = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        output = Output(send, scope.get(SERVER_SEND, send))
+        output = Output(send)
+        pipe = scope.get(PIPE)
+        if pipe is not None and self._job.stream and len(self._job.choices) == 1 and self._job.choices[0].plain:
+            self._job.generations[0].offer(partial(self._pass_on, output, pipe))
         work = asyncio.create_task(self._answer(output))
         gone = asyncio.create_task(_disconnect(receive))
         try:
@@ -169,6 +181,18 @@ class Answer(Response):
             await output.end(job.sink.end(routes))
         else:
             await output.document(job.sink.end(routes), route_headers(routes))
+
+    def _pass_on(self, output: Output, pipe: Pipe, chunk: Chunk) -> bool:
+        """Writes a token of the only choice as soon as it comes, without the detour over the task; False when there is
+        anything beside that to do."""
+        expected = chunk.finish is None and chunk.index == self._job.choices[0].num_tokens
+        if not (expected and output.started and pipe.ready):
+            return False
+        frames = self._take((0, [chunk]))
+        if frames:
+            pipe.write(frames)
+            output.last_write = perf_counter()
+        return True
 
     def _take(self, batch: Batch) -> bytes:
         """The frames of chunks that arrived together."""

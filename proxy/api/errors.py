@@ -10,18 +10,12 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from mesh.errors import RequestError
+from mesh.errors import SERVER_ERROR, RequestError
 
 MAX_MESSAGE_CHARS = 2000
 """An error never costs more to send than to provoke."""
 MAX_ERRORS = 10
 MAX_PARAM_CHARS = 200
-SERVER_ERROR = "server_error"
-
-
-def internal_error() -> RequestError:
-    """What a client hears of a fault of ours: nothing but that."""
-    return RequestError(500, "The server had an error while processing your request.", type=SERVER_ERROR)
 
 
 def unsupported(param: str, detail: str = "") -> RequestError:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mesh.errors import internal_error
 from mesh.messages import TokenLogprob
 from mesh.tokenizer import Tokenizer
-from proxy.api.errors import internal_error
 from proxy.generation import Chunk
 from proxy.text.detokenizer import detokenizer
 

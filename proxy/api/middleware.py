@@ -14,10 +14,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mesh.errors import RequestError
-from proxy.api.answer import CLIENT_LEFT, SERVER_SEND
+from mesh.errors import RequestError, internal_error
+from proxy.api.answer import CLIENT_LEFT
 from proxy.api.door import Door
-from proxy.api.errors import error_response, internal_error
+from proxy.api.errors import error_response
 from proxy.metrics import ProxyMetrics
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,6 @@ class Edge:
                 MutableHeaders(scope=message)["x-request-id"] = label
             await send(message)
 
-        scope[SERVER_SEND] = send
         try:
             await self._app(scope, receive, labelled)
         except ClientDisconnect:

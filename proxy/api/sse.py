@@ -40,12 +40,10 @@ def error_frames(error: RequestError) -> bytes:
 class Output:
     """The answer of one request as it is sent; the status goes out with the first byte of the body."""
 
-    __slots__ = ("_send", "_send_body", "_writing", "last_write", "started")
+    __slots__ = ("_send", "_writing", "last_write", "started")
 
-    def __init__(self, send: Send, send_body: Send) -> None:
-        """`send_body` is for what follows the first message."""
+    def __init__(self, send: Send) -> None:
         self._send = send
-        self._send_body = send_body
         self._writing = False
         self.started = False
         self.last_write = perf_counter()
@@ -56,7 +54,7 @@ class Output:
         self._writing = True
         if not self.started:
             await self._start(200, HEADERS)
-        await self._send_body({"type": "http.response.body", "body": frames, "more_body": True})
+        await self._send({"type": "http.response.body", "body": frames, "more_body": True})
         self._writing = False
 
     async def end(self, frames: bytes) -> None:

@@ -97,6 +97,9 @@ class FakeGeneration:
             index += 1
         return Chunk(choice, index, tokens, logprobs, finish, prompt)
 
+    def offer(self, taker: Callable[[Chunk], bool]) -> None:
+        """Every chunk goes to the iteration, as the protocol allows."""
+
     def stop(self, choice: int) -> None:
         self.stopped.append(choice)
 

@@ -316,7 +316,7 @@ def test_no_comment_follows_an_end_that_the_client_has_not_taken() -> None:
             await taken.wait()
             sent.append(message)
 
-        output = Output(send, send)
+        output = Output(send)
         end = asyncio.create_task(output.end(b"end"))
         await asyncio.sleep(0)
         await output.keep_alive()
