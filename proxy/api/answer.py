@@ -104,7 +104,7 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         output = Output(send)
         work = asyncio.create_task(self._answer(output))
-        gone = asyncio.create_task(_disconnect(receive))
+        gone = asyncio.create_task(disconnected(receive))
         try:
             if await self._client_left(work, gone, output):
                 scope[CLIENT_LEFT] = True
@@ -217,7 +217,7 @@ class Answer(Response):
         self._metrics.observe(self._record)
 
 
-async def _disconnect(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
     """Returns when the client is gone."""
     while True:
         message: MutableMapping[str, Any] = await receive()

@@ -23,6 +23,8 @@ class Piece:
     calls: tuple[ToolCall, ...] = ()
     reasoning: str = ""
     """What the model thought before its answer; comes before `text`."""
+    num_reasoning_tokens: int = 0
+    """How many of the tokens belong to the thinking, its marks included."""
 
 
 class ChoiceText:
