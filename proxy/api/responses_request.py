@@ -29,8 +29,8 @@ PLAIN_TOOL: dict[str, tuple[Any, ...]] = {
 """More fields of a function, with the values that ask for nothing."""
 OWN_NAMES = (
     (re.compile(r"^response_format(\.json_schema)?"), "text.format"),
-    (re.compile(r"^(tools\.\d+)\.function"), r"\1"),
-    (re.compile(r"^tool_choice\.function"), "tool_choice"),
+    (re.compile(r"^(tools\.\d+)\.function\."), r"\1."),
+    (re.compile(r"^tool_choice\.function\."), "tool_choice."),
     (re.compile(r"^max_completion_tokens"), "max_output_tokens"),
     (re.compile(r"^messages"), "input"),
 )
