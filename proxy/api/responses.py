@@ -95,11 +95,11 @@ def responses_router(service: Service, store: ResponseStore, door: Door) -> APIR
         if not query.stream:
             return json_response(record.response)
         run = background.find(response_id)
-        if run is None:
+        if run is None or not run.streamed:
             raise RequestError(
                 400,
-                "Only the events of a response in the background can be streamed, and only for a while, at the proxy "
-                "that runs it; without stream its state is always there.",
+                "Only a response that was created with background and stream can be streamed, for a while, at the "
+                "proxy that runs it; without stream its state is always there.",
                 param="stream",
             )
         return Followed(run, query.first, service.keep_alive_s)
@@ -160,6 +160,8 @@ async def _in_background(
     deadline = time() + service.settings.request_timeout
     queued = sink.document
     record = Record(queued, plan.items, deadline)
+    if plan.body.stream:
+        background.check_room()
     door.enter()
     try:
         await store.put(record, new=True)
@@ -171,8 +173,8 @@ async def _in_background(
     except BaseException:
         door.leave()
         raise
-    run = background.start(record, answer, sink)
-    return Followed(run, 0, service.keep_alive_s) if plan.body.stream else json_response(queued)
+    run = background.start(record, answer, sink, streamed=bool(plan.body.stream))
+    return Followed(run, 0, service.keep_alive_s) if run.streamed else json_response(queued)
 
 
 async def _cancelled(store: ResponseStore, background: Background, id: str) -> Record:

@@ -33,18 +33,24 @@ logger = logging.getLogger(__name__)
 CANCEL_POLL_S = 0.5
 """How soon a cancel that another proxy noted is seen."""
 FINISHED_RUNS = 16
-"""Whose events are still there for a client that was cut off; they take memory."""
+"""Whose events are still there for a client that was cut off."""
+MAX_EVENT_BYTES = 256 << 20
+"""Of all runs; above it no more streams are begun in the background."""
+RETRY_FULL_S = 5
 KEEP_PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0)
 """Before each attempt to keep an end: nobody else has it."""
 END = b"\n\n"
 
 
 class Run:
-    """One response under way, and its events: event number `i` is `events[i]`."""
+    """One response under way and, if it is streamed, its events: event number `i` is `events[i]`."""
 
-    def __init__(self, id: str) -> None:
+    def __init__(self, id: str, *, streamed: bool) -> None:
         self.id = id
+        self.streamed = streamed
+        self.begun = False
         self.events: list[bytes] = []
+        self.num_bytes = 0
         self.last = b""
         """Frames that end the stream; they become events when the end is kept."""
         self.stopped = asyncio.Event()
@@ -52,8 +58,10 @@ class Run:
         self._changed = asyncio.Event()
 
     def add(self, frames: bytes) -> None:
-        self.events += [event + END for event in frames.split(END)[:-1]]
-        self._wake()
+        if self.streamed:
+            self.events += [event + END for event in frames.split(END)[:-1]]
+            self.num_bytes += len(frames)
+            self._wake()
 
     def end(self) -> None:
         self.over.set()
@@ -91,9 +99,22 @@ class Background:
         self._finished: deque[str] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self, record: Record, answer: Answer, sink: ResponseStream) -> Run:
+    def check_room(self) -> None:
+        """For the events of one more stream, if need be in the place of finished ones. Raises `RequestError` 503."""
+        while self._num_bytes() > MAX_EVENT_BYTES and self._finished:
+            self.forget(self._finished.popleft())
+        if self._num_bytes() > MAX_EVENT_BYTES:
+            raise RequestError(
+                503,
+                "Too many responses are streamed in the background. Please try again shortly.",
+                type="server_error",
+                code="overloaded",
+                retry_after=RETRY_FULL_S,
+            )
+
+    def start(self, record: Record, answer: Answer, sink: ResponseStream, *, streamed: bool) -> Run:
         """Runs `answer`. The caller has entered the door and kept the record; leaving is done here."""
-        run = self._runs[record.id] = Run(record.id)
+        run = self._runs[record.id] = Run(record.id, streamed=streamed)
         self._spawn(self._work(run, record, answer, sink))
         return run
 
@@ -110,6 +131,9 @@ class Background:
     def forget(self, id: str) -> None:
         """Nobody may read its events any more."""
         self._runs.pop(id, None)
+
+    def _num_bytes(self) -> int:
+        return sum(run.num_bytes for run in self._runs.values())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -140,7 +164,8 @@ class Background:
             if not message.get("more_body"):
                 run.last = frames
                 return
-            if not run.events:
+            if not run.begun:
+                run.begun = True
                 await self._keep(replace(record, response=sink.document))
             run.add(frames)
 
@@ -174,7 +199,7 @@ class Background:
     def _retire(self, run: Run) -> None:
         self._finished.append(run.id)
         if len(self._finished) > FINISHED_RUNS:
-            self._runs.pop(self._finished.popleft(), None)
+            self.forget(self._finished.popleft())
 
 
 async def keep(store: ResponseStore, record: Record, *, new: bool) -> bool:

@@ -13,6 +13,7 @@ import pytest
 from openai.types.responses import FunctionToolParam, Response, ResponseInputParam
 
 from mesh.errors import RequestError
+from proxy.api import responses_background
 from proxy.api.door import Door
 from proxy.generation import GenerateRequest
 from tests.proxy.api_client import MODEL, Api, reply
@@ -245,6 +246,29 @@ def test_a_background_stream_can_be_taken_up_again() -> None:
         assert client.responses.retrieve(id).to_dict() == response
         assert events_of(client.responses.retrieve(id, stream=True)) == seen + rest
         assert events_of(client.responses.retrieve(id, stream=True, starting_after=1000)) == []
+        plain = client.responses.create(model=MODEL, input="hi", background=True)
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.responses.retrieve(plain.id, stream=True)
+        assert caught.value.param == "stream"
+
+
+def test_events_in_the_background_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses_background, "MAX_EVENT_BYTES", 100)
+    gate = Gate("hello", 1)
+    with Server(Api(gate)) as server, server.client() as client:
+        stream = client.responses.create(model=MODEL, input="hi", background=True, stream=True)
+        seen = first_events(stream, 3)
+        with pytest.raises(openai.InternalServerError) as full:
+            client.responses.create(model=MODEL, input="hi", background=True, stream=True)
+        assert full.value.code == "overloaded"
+        assert client.responses.create(model=MODEL, input="hi", background=True).status == "queued"
+        gate.open()
+        checked(seen + events_of(stream), background=True)
+        # one that has ended makes room
+        again = events_of(client.responses.create(model=MODEL, input="hi", background=True, stream=True))
+        assert checked(again, background=True)["status"] == "completed"
+        with pytest.raises(openai.BadRequestError):
+            client.responses.retrieve(seen[0]["response"]["id"], stream=True)
 
 
 def test_a_cancel_aborts_at_the_workers() -> None:
