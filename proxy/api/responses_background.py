@@ -23,8 +23,7 @@ from starlette.types import Message, Receive, Scope, Send
 from mesh.errors import RequestError
 from proxy.api.answer import CLIENT_LEFT, Answer, disconnected
 from proxy.api.door import Door
-from proxy.api.errors import internal_error
-from proxy.api.responses_store import ALIVE, Record, ResponseStore
+from proxy.api.responses_store import ALIVE, UNFINISHED, Record, ResponseStore
 from proxy.api.responses_stream import ResponseStream
 from proxy.api.sse import KEEP_ALIVE, Output
 
@@ -175,7 +174,7 @@ class Background:
             return sink.fail(error)
         except Exception:
             logger.exception("response %s failed", run.id)
-            return sink.fail(internal_error())
+            return sink.fail(UNFINISHED)
         return sink.cancel() if sink.document["status"] in ALIVE else run.last
 
     async def _watch(self, run: Run) -> None:

@@ -27,6 +27,7 @@ MAX_MEMORY_BYTES = 256 << 20
 ALIVE = ("queued", "in_progress")
 LOST_GRACE_S = 60.0
 """After its deadline a response in the background has ended, or the proxy that ran it has."""
+UNFINISHED = RequestError(500, "The server could not finish this response.", type="server_error", code="response_lost")
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,7 @@ def test_a_run_whose_proxy_died_is_failed_in_the_end() -> None:
         run(store.put(one, new=True))
     assert api.http.get(f"/v1/responses/{alive.id}").json()["status"] == "in_progress"
     found = api.http.get(f"/v1/responses/{dead.id}").json()
-    assert (found["status"], found["error"]["type"]) == ("failed", "proxy_lost")
+    assert (found["status"], found["error"]["type"]) == ("failed", "response_lost")
 
 
 def test_a_url_that_means_nothing_is_refused() -> None:
