@@ -44,9 +44,11 @@ def create_app(
 ) -> FastAPI:
     """The application that serves `dispatcher`'s workers as `model_name`, and under its `aliases`.
 
+    `responses` keeps the answers of /v1/responses; the caller closes it.
+
     `metrics.registry` takes what other parts of the proxy measure; `metrics_text` adds text in Prometheus' classic
     format instead. `door` is how a shutdown is announced: the caller keeps it, sets `door.draining` and waits for
-    `door.in_flight`. `responses` keeps the answers of /v1/responses; the caller closes it.
+    `door.in_flight`.
     """
     metrics = metrics or ProxyMetrics(model_name)
     door = door or Door(settings.max_concurrent_requests)
