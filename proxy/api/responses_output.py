@@ -84,6 +84,8 @@ class Output:
 
     def take(self, piece: Piece, logprobs: Sequence[dict[str, Any]]) -> Iterator[Step]:
         """`logprobs`: of the piece's tokens that belong to the answer."""
+        if piece.reasoning:
+            self._held.clear()  # the mark before it
         self._held += logprobs
         if piece.reasoning:
             yield from self._said(Kind.REASONING, piece.reasoning)

@@ -303,6 +303,24 @@ def test_what_a_model_thinks_is_an_item_before_its_answer(at_once: bool) -> None
     assert (function_call["call_id"], function_call["arguments"]) == ("call_1", "{}")
 
 
+def test_log_probabilities_are_those_of_the_answer() -> None:
+    output = Output(ItemIds("resp_" + "ab" * 24))
+    pieces = [
+        (Piece("", 1, None, (0,)), ["mark"]),
+        (Piece("", 1, None, (1,), reasoning="Hm.", num_reasoning_tokens=1), []),
+        (Piece("", 1, None, (2,)), ["held"]),
+        (Piece("Yes", 1, None, (3,)), ["certain"]),
+        (Piece("", 1, "stop", (4,)), ["end"]),
+    ]
+    for piece, names in pieces:
+        for _ in output.take(piece, [{"token": name} for name in names]):
+            pass
+    for _ in output.end("completed"):
+        pass
+    message = output.objects()[1]
+    assert [entry["token"] for entry in message["content"][0]["logprobs"]] == ["held", "certain", "end"]
+
+
 def sink_of(**fields: Any) -> ResponseStream:
     body = ResponsesBody.model_validate({"model": MODEL, "input": "hi", **fields})
     id = "resp_" + "ab" * 24
