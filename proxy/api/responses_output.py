@@ -97,6 +97,14 @@ class Output:
             yield from self._said(Kind.CALL, call.arguments)
             yield from self._closed("completed")
 
+    def extend(self, text: str) -> bool:
+        """Adds text where a message is open, which is most of the time; False when more must happen for it."""
+        item = self._items[-1] if self._items else None
+        if item is None or item.kind is not Kind.MESSAGE or item.status != "in_progress":
+            return False
+        item.texts.append(text)
+        return True
+
     def end(self, status: str) -> Iterator[Step]:
         """Closes what is open, which may be incomplete. An output without anything is an empty message."""
         if not self._items:

@@ -86,6 +86,9 @@ class ResponseStream(ResponseSink):
         """All of a delta's event up to its text; made once per item."""
 
     def take(self, choice: int, chunk: Chunk, piece: Piece) -> bytes:
+        plain = piece.finish is None and self._spelling is None and not (piece.reasoning or piece.calls)
+        if plain and piece.text and self._output.extend(piece.text):
+            return self._delta(piece.text, ',"logprobs":[]').encode()
         begin = self._begin()
         return (begin + "".join(map(self._frames, self._steps(chunk, piece)))).encode()
 
@@ -137,7 +140,10 @@ class ResponseStream(ResponseSink):
         logprobs = ""
         if step.item.kind is Kind.MESSAGE:
             logprobs = f',"logprobs":{compact(step.logprobs) if step.logprobs else "[]"}'
-        return f'{self._delta_head}{quoted(step.text)}{logprobs},"sequence_number":{self._number()}}}\n\n'
+        return self._delta(step.text, logprobs)
+
+    def _delta(self, text: str, logprobs: str) -> str:
+        return f'{self._delta_head}{quoted(text)}{logprobs},"sequence_number":{self._number()}}}\n\n'
 
     def _closed(self, item: OutputItem) -> str:
         done = f"{SAID[item.kind]}.done"
