@@ -59,7 +59,7 @@ class ProxySettings:
     host: str = _flag("address to listen on", "127.0.0.1")
     port: int = _flag("HTTP port", 8000, minimum=0, maximum=MAX_PORT)
     control: str = _flag("control address that workers dial: ipc://PATH or tcp://HOST:PORT", "tcp://127.0.0.1:7400")
-    store: str = _flag("where residency lives: memory or redis://HOST:PORT/DB", "memory")
+    store: str = _flag("where residency and stored responses live: memory or redis://HOST:PORT/DB", "memory")
     served_model_name: tuple[str, ...] = _flag(
         "name clients use; repeatable: the first is the model's, the others its aliases "
         "(default: the directory's name)",
@@ -76,6 +76,7 @@ class ProxySettings:
     max_body_bytes: int = _flag("largest request body", 10 << 20, minimum=1)
     max_concurrent_requests: int = _flag("requests in flight; more get 503", 2048, minimum=1)
     request_timeout: float = _flag("seconds one request may take", 600.0, above=0.0)
+    response_ttl: int = _flag("seconds that /v1/responses keeps a response", 3600, minimum=1)
     disaggregate_above: int = _flag(
         "uncached prompt tokens from which a prefill worker computes the prompt (-1: by measured cost)",
         -1,

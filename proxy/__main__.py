@@ -33,6 +33,8 @@ from mesh.settings import ProxySettings
 from mesh.store import check_store
 from mesh.tokenizer import Tokenizer
 from proxy.api.door import Door
+from proxy.api.responses_redis import RedisStore
+from proxy.api.responses_store import MemoryStore, ResponseStore
 from proxy.app import create_app
 from proxy.connection import HttpConnection
 from proxy.control import ControlSocket
@@ -167,6 +169,13 @@ def open_follower(store: str, loop: asyncio.AbstractEventLoop, fleet: Fleet) -> 
     return RedisFollower(store, deliver)
 
 
+def open_responses(settings: ProxySettings) -> ResponseStore:
+    """Where /v1/responses keeps its answers. Raises `StartupError` for a URL that means nothing."""
+    if settings.store == "memory":
+        return MemoryStore(settings.response_ttl)
+    return RedisStore(settings.store, settings.response_ttl)
+
+
 async def serve_http(
     settings: ProxySettings,
     tokenizer: Tokenizer,
@@ -175,10 +184,13 @@ async def serve_http(
     fleet_metrics: FleetCollector,
 ) -> None:
     name, *aliases = model_names(Path(settings.model), settings.served_model_name)
+    responses = open_responses(settings)
     metrics = ProxyMetrics(name)
     metrics.registry.register(fleet_metrics)
     door = Door(settings.max_concurrent_requests)
-    app = create_app(dispatcher, tokenizer, settings, name, aliases=aliases, metrics=metrics, door=door)
+    app = create_app(
+        dispatcher, tokenizer, settings, name, aliases=aliases, metrics=metrics, door=door, responses=responses
+    )
     config = uvicorn.Config(
         app,
         http=HttpConnection,
@@ -202,6 +214,7 @@ async def serve_http(
     server.should_exit = True
     stopping.cancel()
     await serving
+    await responses.close()
 
 
 class Shutdown:

@@ -17,6 +17,8 @@ from proxy.api.errors import install_error_handlers
 from proxy.api.health import health_router
 from proxy.api.middleware import Admission, BodyLimit, Edge
 from proxy.api.models import models_router
+from proxy.api.responses import responses_router
+from proxy.api.responses_store import MemoryStore, ResponseStore
 from proxy.api.service import Service, unix_now
 from proxy.api.tokenize import tokenize_router
 from proxy.generation import Dispatcher
@@ -38,9 +40,12 @@ def create_app(
     metrics: ProxyMetrics | None = None,
     metrics_text: Callable[[], bytes] | None = None,
     door: Door | None = None,
+    responses: ResponseStore | None = None,
     keep_alive_s: float = KEEP_ALIVE_S,
 ) -> FastAPI:
     """The application that serves `dispatcher`'s workers as `model_name`, and under its `aliases`.
+
+    `responses` keeps the answers of /v1/responses; the caller closes it.
 
     `metrics.registry` takes what other parts of the proxy measure; `metrics_text` adds text in Prometheus' classic
     format instead. `door` is how a shutdown is announced: the caller keeps it, sets `door.draining` and waits for
@@ -76,6 +81,7 @@ def create_app(
     for router in (
         chat_router(service),
         completions_router(service),
+        responses_router(service, responses or MemoryStore(settings.response_ttl), door),
         tokenize_router(service),
         models_router(service),
         health_router(service, door, metrics_text),

@@ -2,11 +2,11 @@
 
     waiting ──first chunk──▶ answering ──every choice finished──▶ complete
        │                         │
-       └── RequestError ──▶ HTTP status      └── RequestError ──▶ error event, [DONE]
+       └── RequestError ──▶ HTTP status      └── RequestError ──▶ the sink's failure
     any ──client gone──▶ aborted at the workers
 
 A stream's status is sent with its first byte: the first chunk's, or a comment's once the client has waited for
-`keep_alive_s`. From then on a failure is an error event.
+`keep_alive_s`. From then on a failure is told in the stream, as the endpoint's clients expect it.
 """
 
 from __future__ import annotations
@@ -72,13 +72,18 @@ class Pipe(Protocol):
 
 
 class Sink(Protocol):
-    """Turns tokens into the bytes of one endpoint's answer."""
+    """Turns tokens into the bytes of one endpoint's answer; endpoints inherit from it."""
 
     def take(self, choice: int, chunk: Chunk, piece: Piece) -> bytes:
         """The frames for new tokens of a choice (a sink that collects returns none)."""
 
     def end(self, routes: Sequence[Route]) -> bytes:
         """What ends the answer: the last frames, or the whole document."""
+
+    def fail(self, error: RequestError) -> bytes:
+        """What ends a stream that cannot go on: clients take a plain end for success. An endpoint whose clients
+        expect another form overrides it; a failure before the first byte is an HTTP status and does not come here."""
+        return error_frames(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +124,7 @@ class Answer(Response):
         if pipe is not None and self._job.stream and len(self._job.choices) == 1 and self._job.choices[0].plain:
             self._job.generations[0].offer(partial(self._pass_on, output, pipe))
         work = asyncio.create_task(self._answer(output))
-        gone = asyncio.create_task(_disconnect(receive))
+        gone = asyncio.create_task(disconnected(receive))
         try:
             if await self._client_left(work, gone, output):
                 scope[CLIENT_LEFT] = True
@@ -158,7 +163,7 @@ class Answer(Response):
                 known = internal_error()
             if not output.started:
                 raise known from None
-            await output.end(error_frames(known))
+            await output.end(self._job.sink.fail(known))
 
     async def _generate(self, output: Output) -> None:
         job = self._job
@@ -246,7 +251,7 @@ class Answer(Response):
         self._metrics.observe(self._record)
 
 
-async def _disconnect(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
     """Returns when the client is gone."""
     while True:
         message: MutableMapping[str, Any] = await receive()

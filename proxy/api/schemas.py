@@ -235,11 +235,10 @@ class ConversationBody(RequestBody):
     reasoning_effort: str | None = Field(None, max_length=32)
 
 
-class GenerationBody(RequestBody):
-    """What chat and plain completions share."""
+class SamplingBody(RequestBody):
+    """What every endpoint that generates has: how tokens are drawn, and where they end."""
 
     model: str
-    max_tokens: Count | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MAX_COUNT)
@@ -248,8 +247,6 @@ class GenerationBody(RequestBody):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: Annotated[Any, WithJsonSchema(LOGIT_BIAS_SCHEMA)] = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    best_of: int | None = Field(None, ge=0, le=20)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: Annotated[Any, WithJsonSchema(STOP_SCHEMA)] = None
     stop_token_ids: list[Count] | None = None
@@ -260,18 +257,26 @@ class GenerationBody(RequestBody):
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
+    priority: int | None = Field(None, ge=-(2**31), le=MAX_COUNT)
+    structured_outputs: Annotated[Any, WithJsonSchema(STRUCTURED_OUTPUTS_SCHEMA)] = None
+    regex: str | None = None
+    ebnf: str | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[^@/\\]*$")
+
+
+class GenerationBody(SamplingBody):
+    """What chat and plain completions share."""
+
+    max_tokens: Count | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    best_of: int | None = Field(None, ge=0, le=20)
     stream_options: StreamOptions | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_COUNT)
-    priority: int | None = Field(None, ge=-(2**31), le=MAX_COUNT)
     truncation_side: Literal["left", "right"] | None = None
     response_format: Annotated[Any, WithJsonSchema(RESPONSE_FORMAT_SCHEMA)] = None
-    structured_outputs: Annotated[Any, WithJsonSchema(STRUCTURED_OUTPUTS_SCHEMA)] = None
-    regex: str | None = None
-    ebnf: str | None = None
-    cache_salt: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[^@/\\]*$")
 
 
 class ChatBody(GenerationBody, ConversationBody):

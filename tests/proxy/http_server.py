@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Awaitable, Callable
 
 import openai
 import uvicorn
@@ -15,7 +16,8 @@ from tests.proxy.api_client import Api
 class Server:
     """The application on a port of its own, in a thread with its own loop."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api, closing: Callable[[], Awaitable[None]] | None = None) -> None:
+        """`closing` is awaited on that loop when the server is down."""
         self._socket = socket.socket()
         # Accepted connections inherit it: a client that reads nothing is soon felt.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -23,7 +25,7 @@ class Server:
         self._socket.listen()
         self.port: int = self._socket.getsockname()[1]
         config = uvicorn.Config(api.app, http=HttpConnection, ws="none", log_config=None, lifespan="off")
-        self._server = uvicorn.Server(config)
+        self._server = _Uvicorn(config, closing)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
 
     def __enter__(self) -> Server:
@@ -43,3 +45,19 @@ class Server:
         return openai.OpenAI(
             base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=retries, timeout=10
         )
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=10
+        )
+
+
+class _Uvicorn(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, closing: Callable[[], Awaitable[None]] | None) -> None:
+        super().__init__(config)
+        self._closing = closing
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self._closing is not None:
+            await self._closing()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,54 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 
 from mesh.errors import EXIT_STORE, StartupError
 from mesh.messages import BlockEvents
 from mesh.residency import Publisher, open_publisher
-from mesh.residency_redis import RedisPublisher, buckets_for, connect, member, name_of, namespace, pack, unpack
+from mesh.residency_redis import RedisPublisher, buckets_for, member, name_of, namespace, pack, unpack
 from proxy.routing.place import Place
 from proxy.routing.residency import BlockChange, LocalResidency, short_names
 from proxy.routing.residency_redis import RedisFollower
 from tests.proxy.fake_worker import info
+from tests.proxy.redis_server import RedisServer, until
 
 DIGEST = b"digest"
 PREFIX = namespace(DIGEST)
 PATIENCE_S = 20.0
 
 
-class Server:
-    """A Redis on a unix socket that the test may kill; it keeps nothing on disk."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._socket = folder / "redis.sock"
-        self.url = f"unix://{self._socket}"
-        self._process: subprocess.Popen[bytes] | None = None
-        self.client: Any = connect(self.url, 5.0)
-
-    def start(self) -> None:
-        command = ["redis-server", "--port", "0", "--unixsocket", str(self._socket), "--save", ""]
-        command += ["--dir", str(self._folder), "--loglevel", "warning"]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        until(self.answers)
-
-    def answers(self) -> bool:
-        try:
-            return bool(self.client.ping())
-        except redis.RedisError:
-            return False
-
-    def signal(self, number: int) -> None:
-        assert self._process is not None
-        os.kill(self._process.pid, number)
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-        self.client.close()
+class Server(RedisServer):
+    """With what residency writes."""
 
     def num_names(self) -> int:
         return sum([self.client.scard(key) for key in self.bucket_keys()])
@@ -116,13 +84,6 @@ def publishers(server: Server) -> Iterator[Callable[..., Publisher]]:
     yield open_one
     for publisher in opened:
         publisher.close()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
 
 
 def blocks(start: int, count: int) -> list[bytes]:
