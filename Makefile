@@ -1,6 +1,7 @@
 # make up    install into .venv and serve the demo model     (MODEL=DIR and FLAGS='--decode 2' change that)
 # make test  the same set-up, then all tests
 # make lint  ruff and mypy
+# make test-clients   other people's clients (langchain, guidellm, aiperf, lm-eval), each in an environment of its own
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,13 +13,23 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.kvmesh-installed
 INSTALLED_DEV := $(VENV)/.kvmesh-installed-dev
 
-.PHONY: up test lint clean
+CLIENTS := $(patsubst tests/clients/requirements/%.txt,$(VENV)/clients/%,$(wildcard tests/clients/requirements/*.txt))
+
+.PHONY: up test test-clients lint clean
 
 up: $(INSTALLED)
 	$(BIN)/kvmesh up $(FLAGS) $(MODEL)
 
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS)
+
+test-clients: $(INSTALLED_DEV) $(CLIENTS)
+	KVMESH_CLIENTS=$(VENV)/clients $(BIN)/python -m pytest tests/clients
+
+$(VENV)/clients/%: tests/clients/requirements/%.txt
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
