@@ -172,7 +172,8 @@ class MeshDispatcher:
             self._feed(choice, WorkerLost(worker))
 
     def changed(self) -> None:
-        for choice in list(self._waiting.values()):
+        # the urgent ones first, and of those the oldest
+        for choice in sorted(self._waiting.values(), key=lambda c: c.generation.request.params.priority):
             self._feed(choice, FleetChanged())
 
     def tick(self) -> None:

@@ -6,8 +6,6 @@ Plain ASGI: a middleware that wraps the response in a stream of its own would hi
 from __future__ import annotations
 
 import logging
-import re
-import uuid
 from time import perf_counter
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mesh.errors import RequestError, internal_error
+from proxy.api import requestid
 from proxy.api.answer import CLIENT_LEFT
 from proxy.api.door import Door
 from proxy.api.errors import error_response
@@ -22,8 +21,6 @@ from proxy.metrics import ProxyMetrics
 
 logger = logging.getLogger(__name__)
 
-SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-"""A client's own id is repeated in headers and logs, so it may hold nothing that means something there."""
 CLIENT_CLOSED = 499
 
 
@@ -39,14 +36,14 @@ class Edge:
             await self._app(scope, receive, send)
             return
         started = perf_counter()
-        label = request_label(Headers(scope=scope).get("x-request-id"))
+        requestid.begin(scope)
         status = 0
 
         async def labelled(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = label
+                MutableHeaders(scope=message)[requestid.HEADER] = scope[requestid.KEY]
             await send(message)
 
         try:
@@ -54,7 +51,7 @@ class Edge:
         except ClientDisconnect:
             scope[CLIENT_LEFT] = True
         except Exception:
-            logger.exception("%s %s (%s) failed", scope["method"], handler_of(scope), label)
+            logger.exception("%s %s (%s) failed", scope["method"], handler_of(scope), scope[requestid.KEY])
             if status:
                 raise  # too late for a status: the server cuts the connection
             await error_response(internal_error())(scope, receive, labelled)
@@ -116,13 +113,6 @@ class BodyLimit:
 
     def _too_large(self) -> RequestError:
         return RequestError(413, f"The request body is larger than {self._limit} bytes.", code="request_too_large")
-
-
-def request_label(given: str | None) -> str:
-    """The client's own id if it is harmless, else a new one."""
-    if given is not None and SANE_ID.fullmatch(given):
-        return given
-    return f"req-{uuid.uuid4().hex}"
 
 
 def handler_of(scope: Scope) -> str:

@@ -50,6 +50,7 @@ UNSUPPORTED_PARAMETERS = (
     "logits_processors",
     "logprob_token_ids",
     "lora_path",
+    "mm_processor_kwargs",
     "no_stop_trim",
     "prompt_embeds",
     "prompt_token_ids",
@@ -68,9 +69,11 @@ SCHEMAS = ("guided_json", "json_schema")
 """Of those: an empty object asks for something too, any JSON."""
 
 HARMLESS: dict[str, tuple[Any, ...]] = {
+    "detokenize": (True,),
     "function_call": ("none",),
     "length_penalty": (1, 1.0),
     "modalities": (["text"],),
+    "spaces_between_special_tokens": (True,),
 }
 """Parameters that may be given with these values only."""
 
@@ -87,6 +90,7 @@ IGNORED = frozenset(
         "safety_identifier",
         "service_tier",
         "store",
+        "stream_interval",
         "user",
         "verbosity",
     }

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from mesh.errors import GrammarError, RequestError
 from mesh.settings import ProxySettings
 from mesh.tokenizer import Tokenizer
+from proxy.api import requestid
 from proxy.api.jsonbody import parse_object
 from proxy.api.sampling import context_length_exceeded
 from proxy.api.schemas import RequestBody, unknown_fields, validate
@@ -66,6 +67,7 @@ class Service:
         """The request's body, for a model that is served. Raises `RequestError`."""
         body = validate(kind, await self.read_json(request))
         if body.model_extra:
+            requestid.adopt(request.scope, body.model_extra.get("request_id"))
             self.note_unknown(unknown_fields(body.model_extra))
         if body.model is not None:
             self.check_model(body.model)

@@ -176,6 +176,16 @@ def test_request_ids_are_the_proxys_own() -> None:
     assert api.sent.request_id == answer.json()["id"]
 
 
+def test_a_bodys_request_id_is_the_label_unless_a_header_is() -> None:
+    api = Api()
+    body = {"model": "tiny", "messages": HI, "request_id": "mine"}
+    assert api.http.post(CHAT, json=body).headers["x-request-id"] == "mine"
+    assert api.http.post(CHAT, json=body, headers={"x-request-id": "yours"}).headers["x-request-id"] == "yours"
+    for strange in ("a b", 7, None, "x" * 200):
+        label = api.http.post(CHAT, json={**body, "request_id": strange}).headers["x-request-id"]
+        assert label.startswith("req-")
+
+
 @pytest.mark.parametrize("given", ["a b", "é", "x" * 200, ""])
 def test_a_strange_request_id_is_replaced(given: str) -> None:
     api = Api()

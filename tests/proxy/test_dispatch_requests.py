@@ -428,3 +428,22 @@ def test_requests_spread_before_the_first_beat_counts_them(tmp_path: Path) -> No
                 assert worker.inbox == []
 
     asyncio.run(scenario())
+
+
+def test_of_those_without_a_worker_the_urgent_one_is_asked_for_first(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            first = await mesh.worker("both-0", "both")
+            urgency = {"calm": 3, "urgent": -1, "usual": 0, "usual too": 0}
+            for name, priority in urgency.items():
+                mesh.dispatcher.submit(request(name, priority=priority))
+            for _ in urgency:
+                await first.expect(Decode)
+            first.send(Goodbye("restart"))
+            await mesh.until(lambda: mesh.dispatcher.waiting == len(urgency))
+            second = await mesh.worker("both-0", "both", incarnation=2)
+            second.beat()
+            order = [(await second.expect(Decode)).request_id for _ in urgency]
+            assert order == ["urgent", "usual", "usual too", "calm"]
+
+    asyncio.run(scenario())

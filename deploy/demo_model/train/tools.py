@@ -241,8 +241,8 @@ def lookup(words: Words) -> Tool:
         result = value if shape == 2 else dumped(words, found)
         return Use("", arguments, result, f"{subject[0].upper()}{subject[1:]} is {value}.", asked)
 
-    shown = rng.random() < (0.85 if words.split is Split.TRAIN else 0.94)
-    return Tool(name, described if shown else "", tuple(parameters), use)
+    has_description = rng.random() < (0.85 if words.split is Split.TRAIN else 0.94)
+    return Tool(name, described if has_description else "", tuple(parameters), use)
 
 
 def _text(words: Words) -> str:
