@@ -267,11 +267,11 @@ def two_calls(words: Words, tools: Sequence[Tool], chosen: Tool) -> tuple[str, l
 
 
 BUILDERS: tuple[tuple[str, Builder, float], ...] = (
-    ("chat", chat, 0.14),
+    ("chat", chat, 0.12),
     ("recall", recall, 0.29),
-    ("copy", copying, 0.12),
-    ("json", structured, 0.14),
-    ("tools", calling, 0.31),
+    ("copy", copying, 0.15),
+    ("json", structured, 0.1),
+    ("tools", calling, 0.34),
 )
 
 
