@@ -66,7 +66,8 @@ def responses_router(service: Service, store: ResponseStore, door: Door) -> APIR
     @router.post("/v1/responses", openapi_extra=openapi_body(ResponsesBody))
     async def create_response(request: Request) -> Response:
         """Answers an input, whole, as a stream of server-sent events, or later."""
-        plan = await _plan(service, store, await service.read(ResponsesBody, request), perf_counter())
+        arrived = perf_counter()
+        plan = await _plan(service, store, await service.read(ResponsesBody, request), arrived)
         if plan.body.background:
             return await _in_background(service, store, door, background, plan)
         sink: ResponseSink = plan.stream() if plan.body.stream else plan.document()

@@ -97,6 +97,7 @@ class Background:
         self._runs: dict[str, Run] = {}
         self._finished: deque[str] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._watch: asyncio.Task[None] | None = None
 
     def check_room(self) -> None:
         """For the events of one more stream, if need be in the place of finished ones. Raises `RequestError` 503."""
@@ -115,6 +116,8 @@ class Background:
         """Runs `answer`. The caller has entered the door and kept the record; leaving is done here."""
         run = self._runs[record.id] = Run(record.id, streamed=streamed)
         self._spawn(self._work(run, record, answer, sink))
+        if self._store.shared and (self._watch is None or self._watch.done()):
+            self._watch = self._spawn(self._look_for_cancels())
         return run
 
     def find(self, id: str) -> Run | None:
@@ -141,14 +144,11 @@ class Background:
         return task
 
     async def _work(self, run: Run, record: Record, answer: Answer, sink: ResponseStream) -> None:
-        watch = self._spawn(self._watch(run)) if self._store.shared else None
         try:
             run.last = await self._answered(run, record, answer, sink)
             await self._keep_end(replace(record, response=sink.document))
             run.add(run.last)
         finally:
-            if watch is not None:
-                watch.cancel()
             run.end()
             self._door.leave()
             self._retire(run)
@@ -177,14 +177,16 @@ class Background:
             return sink.fail(UNFINISHED)
         return sink.cancel() if sink.document["status"] in ALIVE else run.last
 
-    async def _watch(self, run: Run) -> None:
-        while not run.stopped.is_set():
+    async def _look_for_cancels(self) -> None:
+        """Of other proxies; as long as anything runs."""
+        while running := [run.id for run in self._runs.values() if not run.over.is_set()]:
             await asyncio.sleep(CANCEL_POLL_S)
             try:
-                if await self._store.cancel_asked(run.id):
-                    run.stopped.set()
+                asked = await self._store.cancels_asked(running)
             except RequestError:
                 continue  # a store that is away cancels nothing
+            for id in asked:
+                self.stop(id)
 
     async def _keep_end(self, record: Record) -> None:
         for pause in KEEP_PAUSES_S:

@@ -21,6 +21,7 @@ UNSUPPORTED = ("background_options", "context_management", "conversation", "mode
 OF_CHAT = {"n": 1, "best_of": 1}
 """Chat's parameters are refused here, but for these values."""
 
+Refused = Annotated[Any, WithJsonSchema({"type": "null"})]
 Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 Includable = Literal[
     "message.output_text.logprobs",
@@ -97,6 +98,11 @@ class ResponsesBody(SamplingBody):
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     service_tier: Label | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    background_options: Refused = None
+    context_management: Refused = None
+    conversation: Refused = None
+    moderation: Refused = None
+    prompt: Refused = None
 
     @property
     def stored(self) -> bool:
@@ -110,7 +116,7 @@ class ResponsesBody(SamplingBody):
 
 def check_responses(body: ResponsesBody) -> None:
     """What pydantic cannot say of one field alone. Raises `RequestError` 400."""
-    _refuse_foreign(body.model_extra or {})
+    _refuse_unserved(body)
     if body.input is None and body.previous_response_id is None:
         raise RequestError(400, "input or previous_response_id must be given.", param="input")
     for name in ("max_output_tokens", "max_tool_calls"):
@@ -127,10 +133,12 @@ def check_responses(body: ResponsesBody) -> None:
         raise RequestError(400, "A response in the background must be stored.", param="background")
 
 
-def _refuse_foreign(extra: dict[str, Any]) -> None:
+def _refuse_unserved(body: ResponsesBody) -> None:
     for name in UNSUPPORTED:
-        if extra.get(name) not in (None, [], {}):
+        if getattr(body, name) not in (None, [], {}):
             raise unsupported(name)
+    extra = body.model_extra or {}
     for name in ChatBody.model_fields.keys() & extra.keys():
-        if extra[name] not in (None, False, OF_CHAT.get(name)):
+        value = extra[name]
+        if value is not None and value is not False and value != OF_CHAT.get(name):
             raise unsupported(name, "it is a parameter of /v1/chat/completions")

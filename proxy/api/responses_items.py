@@ -80,7 +80,7 @@ def _is_reference(value: Item) -> bool:
 
 
 def _item(value: Item, where: str, ids: ItemIds) -> Item:
-    kind = value.get("type", "message")
+    kind = "message" if value.get("type") is None else value["type"]
     if not isinstance(kind, str):
         raise RequestError(400, f"{where}.type must be a string.", param=f"{where}.type")
     if kind not in KINDS:

@@ -9,7 +9,7 @@ No call waits for long, and none is tried twice: a Redis that is away is a clear
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
 import redis
@@ -71,9 +71,9 @@ class RedisStore:
     async def ask_cancel(self, id: str) -> None:
         await self._done(self._client.set(_cancel_key(id), b"1", ex=self._ttl_s))
 
-    async def cancel_asked(self, id: str) -> bool:
-        found: int = await self._done(self._client.exists(_cancel_key(id)))
-        return found > 0
+    async def cancels_asked(self, ids: Sequence[str]) -> list[str]:
+        found: list[bytes | None] = await self._done(self._client.mget([_cancel_key(id) for id in ids]))
+        return [id for id, note in zip(ids, found, strict=True) if note is not None]
 
     async def close(self) -> None:
         await self._client.aclose()

@@ -11,7 +11,7 @@ import re
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -71,7 +71,8 @@ class ResponseStore(Protocol):
     async def ask_cancel(self, id: str) -> None:
         """For the proxy that runs it."""
 
-    async def cancel_asked(self, id: str) -> bool: ...
+    async def cancels_asked(self, ids: Sequence[str]) -> list[str]:
+        """Those that somebody wants cancelled."""
 
     async def close(self) -> None: ...
 
@@ -150,8 +151,8 @@ class MemoryStore:
     async def ask_cancel(self, id: str) -> None:
         """Whoever runs it is this proxy."""
 
-    async def cancel_asked(self, id: str) -> bool:
-        return False
+    async def cancels_asked(self, ids: Sequence[str]) -> list[str]:
+        return []
 
     async def close(self) -> None:
         self._records.clear()

@@ -428,6 +428,8 @@ def test_a_refusal_of_the_dispatcher_is_a_status() -> None:
         ({"prompt_cache_options": {"prewarm": True}}, "prompt_cache_options.prewarm"),
         ({"max_tokens": 5}, "max_tokens"),
         ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "messages"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"logprobs": True}, "logprobs"),

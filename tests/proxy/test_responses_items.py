@@ -69,6 +69,7 @@ def test_parts_become_lines() -> None:
     assert messages([{"role": "user", "content": parts}])[0]["content"] == "a\nb"
     refusal = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
     assert messages([user("hi"), refusal])[1]["content"] == "No."
+    assert messages([{**user("hi"), "type": None, "id": None}]) == [{"role": "user", "content": "hi"}]
 
 
 def test_a_turn_of_several_items_is_one_message() -> None:
