@@ -98,6 +98,7 @@ class ResponsesBody(SamplingBody):
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     service_tier: Label | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    thinking_token_budget: Count | None = None
     background_options: Refused = None
     context_management: Refused = None
     conversation: Refused = None

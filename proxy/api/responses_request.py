@@ -48,6 +48,7 @@ def chat_body(body: ResponsesBody, items: Sequence[Item]) -> ChatBody:
         "response_format": _response_format(body.text.format if body.text else None),
         "reasoning_effort": body.reasoning.effort if body.reasoning else None,
         "chat_template_kwargs": body.chat_template_kwargs,
+        "thinking_token_budget": body.thinking_token_budget,
         "logprobs": body.logprobs is not None,
         "top_logprobs": body.logprobs,
         # In the background the events are written too, for whoever follows it.

@@ -234,3 +234,16 @@ def test_the_official_client_reads_it() -> None:
     assert usage is not None
     assert usage.completion_tokens_details is not None
     assert usage.completion_tokens_details.reasoning_tokens == 3
+
+
+def test_a_response_has_the_thinking_as_an_item_of_its_own() -> None:
+    served = api("<think>hello</think>w")
+    body = {"model": "tiny", "input": "hi", "thinking_token_budget": 7}
+    answer = served.http.post("/v1/responses", json=body).json()
+    thought, message = answer["output"]
+    assert (thought["type"], thought["content"][0]["text"]) == ("reasoning", "hello")
+    assert message["content"][0]["text"] == "w"
+    assert answer["usage"]["output_tokens_details"]["reasoning_tokens"] == 3
+    thinking = served.sent.params.thinking
+    assert thinking is not None
+    assert thinking.budget == 7
