@@ -55,12 +55,20 @@ class ControlHandler(Protocol):
 class ControlSocket:
     """See the module. `bind` first, then `start` inside the event loop."""
 
-    def __init__(self, proxy_id: str, incarnation: int, host: str, handler: ControlHandler) -> None:
+    def __init__(
+        self,
+        proxy_id: str,
+        incarnation: int,
+        host: str,
+        handler: ControlHandler,
+        context: zmq.Context[Socket] | None = None,
+    ) -> None:
+        """`context`: opens the socket, and ends with it; a simulation's sockets are in memory."""
         self._proxy_id = proxy_id
         self._incarnation = incarnation
         self._host = host
         self._handler = handler
-        self._context: zmq.Context[Socket] = zmq.Context(1)
+        self._context: zmq.Context[Socket] = context or zmq.Context(1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)

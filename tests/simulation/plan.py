@@ -1,0 +1,125 @@
+"""What one seed plays: the fleet, the requests, the faults; all of it drawn before anything happens."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from tests.simulation.client import NO_DEADLINE_S
+from tests.simulation.faults import HORIZON_S, Blow, draw_blows
+from tests.simulation.oracle import VOCAB
+
+MAX_MODEL_LEN = 96
+BLOCK_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    name: str
+    role: str
+    blocks: int
+    max_num_seqs: int
+    max_batched_tokens: int
+    step_s: float
+    clock_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPlan:
+    """`follows`: the prompt goes on from that request's prompt and answer, as a conversation does."""
+
+    name: str
+    at: float
+    proxy: str
+    prompt: tuple[int, ...]
+    follows: str | None
+    max_tokens: int
+    stop_at: int | None
+    """Its token there is a stop token."""
+    n: int
+    deadline_s: float
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A seed, drawn."""
+
+    seed: int
+    calm: bool
+    """Nothing goes wrong, so nothing may be lost, late or done twice."""
+    workers: tuple[WorkerPlan, ...]
+    proxies: tuple[str, ...]
+    requests: tuple[RequestPlan, ...]
+    blows: tuple[Blow, ...]
+    rates: dict[str, float]
+    transports: tuple[str, ...]
+    disaggregate_above: int
+
+
+def draw(seed: int) -> Plan:
+    chance = random.Random(seed)
+    calm = seed % 6 == 0
+    prefills = [f"prefill-{i}" for i in range(chance.choice((1, 1, 2, 3)))]
+    decodes = [f"decode-{i}" for i in range(chance.choice((1, 2, 2, 3)))]
+    proxies = [f"proxy-{i}" for i in range(chance.choice((1, 1, 2)))]
+    workers = tuple(_worker(chance, name, calm) for name in (*prefills, *decodes))
+    requests = _requests(chance, proxies, calm)
+    blows: list[Blow] = []
+    rates: dict[str, float] = {}
+    if not calm:
+        count = chance.choice((0, 1, 2, 4, 8))
+        blows = draw_blows(chance, count, [*prefills, *decodes], proxies, [r.name for r in requests])
+        rates = {"kv": chance.choice((0.0, 0.05, 0.15, 0.4)), "control": chance.choice((0.0, 0.0, 0.02, 0.1))}
+    return Plan(
+        seed,
+        calm,
+        workers,
+        tuple(proxies),
+        requests,
+        tuple(blows),
+        rates,
+        chance.choice((("zmq",), ("zmq",), ("local", "zmq"))),
+        chance.choice((6, 6, 16, -1)),
+    )
+
+
+def _worker(chance: random.Random, name: str, calm: bool) -> WorkerPlan:
+    return WorkerPlan(
+        name,
+        name.split("-")[0],
+        blocks=64 if calm else chance.randrange(20, 36),
+        max_num_seqs=chance.choice((2, 4)),
+        max_batched_tokens=chance.choice((8, 16)),
+        step_s=chance.choice((0.01, 0.03)),
+        clock_rate=1.0 if calm else chance.choice((1.0, 0.9, 1.1)),
+    )
+
+
+def _requests(chance: random.Random, proxies: list[str], calm: bool) -> tuple[RequestPlan, ...]:
+    topics = [[chance.randrange(1, VOCAB) for _ in range(24)] for _ in range(2)]
+    requests: list[RequestPlan] = []
+    for number in range(chance.randrange(3, 9)):
+        shared = chance.choice(topics)[: chance.choice((0, 8, 12, 24))]
+        own = [chance.randrange(1, VOCAB) for _ in range(chance.randrange(1, 20))]
+        max_tokens = chance.choice((1, 2, 8, 16, 24))
+        follows = None
+        if requests and chance.random() < 0.25:
+            before = chance.choice(requests)
+            if before.follows is None and len(before.prompt) + before.max_tokens + len(own) + max_tokens <= 80:
+                follows, shared = before.name, []
+        requests.append(
+            RequestPlan(
+                f"r{number}",
+                chance.uniform(0.5, HORIZON_S - 4),
+                chance.choice(proxies),
+                tuple(shared + own),
+                follows,
+                max_tokens,
+                chance.randrange(max_tokens) if chance.random() < 0.2 else None,
+                2 if chance.random() < 0.15 else 1,
+                NO_DEADLINE_S if calm or chance.random() < 0.8 else chance.choice((0.2, 2.0, 6.0)),
+                chance.choice((0, 0, 0, 1)),
+            )
+        )
+    return tuple(requests)

@@ -1,0 +1,124 @@
+"""A proxy's process in virtual time: production's dispatcher, fleet and control socket, whole, without HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import zmq
+
+from proxy.control import ControlSocket
+from proxy.dispatcher import TICK_S, MeshDispatcher
+from proxy.fleet import Fleet
+from proxy.routing.place import Place
+from proxy.routing.residency import LocalResidency
+from tests.simulation.client import Client
+from tests.simulation.host import Host
+from tests.simulation.network import Network
+from tests.simulation.oracle import Violation
+from tests.simulation.sockets import VirtualContext
+
+NOTICED_S = 0.001
+"""The kernel tells of the end of a process of the same machine within this."""
+
+
+class Timer:
+    """A call that may be taken back."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class VirtualLoop:
+    """As much of an event loop as production's control socket uses."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def call_soon(self, action: Callable[..., Any], *arguments: Any) -> Timer:
+        return self.call_later(0.0, action, *arguments)
+
+    def call_later(self, delay: float, action: Callable[..., Any], *arguments: Any) -> Timer:
+        timer = Timer()
+
+        def run() -> None:
+            if not timer.cancelled:
+                action(*arguments)
+
+        self._host.soon(run, delay=delay)
+        return timer
+
+
+class ProxyHost(Host):
+    """One life of one proxy, and the clients connected to it."""
+
+    def __init__(self, name: str, life: int, address: str, network: Network, disaggregate_above: int) -> None:
+        super().__init__(name, network.timeline, clock_at=zlib.crc32(name.encode()) % 5000)
+        self.clients: list[Client] = []
+        self.network = network
+        loop = VirtualLoop(self)
+        self.index = LocalResidency()
+        self.fleet = Fleet(self.index, self.clock, loop.call_soon)
+        self.dispatcher = MeshDispatcher(
+            self.fleet, self.clock, max_requests=100, disaggregate_above=disaggregate_above
+        )
+        context = cast("zmq.Context[zmq.Socket[bytes]]", VirtualContext(network, self))
+        self.control = ControlSocket(f"{name}.{life}", life, "elsewhere", self.fleet, context)
+        self.control.bind(address)
+        self.control._loop = cast(asyncio.AbstractEventLoop, loop)
+        self.fleet.connect(self.control, self.dispatcher)
+        self.control._beat()
+        self._tick()
+
+    def turn(self) -> None:
+        self.control._drain()
+        self.serve()
+
+    def serve(self) -> None:
+        """Every client reads what there is."""
+        for client in self.clients[:]:
+            client.read()
+            if client.outcome:
+                self.clients.remove(client)
+
+    def submit(self, client: Client) -> None:
+        self.clients.append(client)
+        client.submit(self.dispatcher)
+        self.serve()
+
+    def _tick(self) -> None:
+        self.fleet.tick()
+        self.dispatcher.tick()
+        self.serve()
+        now = self.clock()
+        for client in self.clients:
+            if client.deadline is not None and now >= client.deadline:
+                raise Violation(f"{client.name} has neither an answer nor an error at its deadline")
+        self.soon(self._tick, delay=TICK_S)
+
+    def crash(self) -> None:
+        self.alive = False
+        self.network.crash(self, silent=False)
+        for client in self.clients:
+            client.hung_up("its proxy crashed")
+
+    def process_ended(self, worker: str, incarnation: int) -> None:
+        """What the kernel says of a worker on the proxy's own machine."""
+        self.soon(self.control._ended, Place(worker, incarnation), delay=NOTICED_S)
+
+    def left_over(self) -> str:
+        """What the proxy still has in hand, in words; empty when it is idle."""
+        d = self.dispatcher
+        left = {
+            "live": d.live,
+            "waiting": d.waiting,
+            "requests": len(d._requests),
+            "choices on workers": len(d._on_worker),
+            "pending": sum(len(w.assigned) for w in self.fleet.pool.workers()),
+        }
+        return ", ".join(f"{what} {count}" for what, count in left.items() if count)

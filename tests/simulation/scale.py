@@ -1,0 +1,64 @@
+"""Production's bounds, scaled to blocks of some bytes: with the real ones a window or a parcel would never be full."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import decode.role
+import kvtransfer.fetcher
+import kvtransfer.holder
+import kvtransfer.holding_state
+import proxy.routing.router
+from tests.simulation.oracle import Violation
+
+LOGGERS = ("proxy", "worker", "decode", "prefill", "kvtransfer", "engine", "mesh")
+
+
+class _Alarm(logging.Handler):
+    """An exception that production survives and logs is a violation here."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise Violation(f"logged: {record.getMessage()}: {record.exc_info and record.exc_info[1]!r}")
+
+
+@contextmanager
+def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """For a while, attributes of modules and classes are others: (owner, name, value)."""
+    before = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)
+
+
+@contextmanager
+def tiny(chance: random.Random, block_bytes: int) -> Iterator[None]:
+    """Windows, parcels, memory and recompute limits of some blocks; transfer ids from the seed; errors are loud."""
+    window, parcel = chance.choice((2, 4, 8)), chance.choice((1, 2, 4)) * block_bytes
+    recompute = chance.choice((0, 8, 2048))
+    alarm = _Alarm(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with replaced(
+        (kvtransfer.fetcher, "window_blocks", lambda _: window),
+        (kvtransfer.holder, "parcel_bytes", lambda _: parcel),
+        (kvtransfer.holding_state, "READY_BYTES", 16 * block_bytes),
+        (proxy.routing.router, "RECOMPUTE_TOKENS", recompute),
+        (decode.role, "new_transfer_id", lambda: chance.randbytes(16)),
+    ):
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+                logger.addHandler(alarm)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+                logger.removeHandler(alarm)
