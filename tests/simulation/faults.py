@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engine.sim_engine import MASK, splitmix64
 
-HORIZON_S = 12.0
+HORIZON_S = 6.0
 """Nothing new goes wrong later."""
 KV_FATES = ("lose", "repeat", "overtake", "delay", "flip", "truncate")
 CONTROL_FATES = ("delay", "delay", "delay", "cut")

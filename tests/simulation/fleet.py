@@ -180,7 +180,7 @@ class Simulation:
         proxy = self.proxies[plan.proxy]
         self.note(f"{client.name} asks {plan.proxy}: {len(client.request.tokens)} tokens for {len(client.expected)}")
         if proxy.alive:
-            proxy.soon(proxy.submit, client)
+            proxy.ask(client)
         else:
             client.hung_up("its proxy was down")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from engine.engine import Engine
 from engine.sim_engine import SimRunner
 from engine.step import Row, Sampled
@@ -22,6 +20,8 @@ class WatchedRunner(SimRunner):
         self.engine: Engine | None = None
         self.computed = 0
         """Tokens that passed through the model."""
+        self._known: dict[int, bytes] = {}
+        """Pages that were looked at under their present name."""
         self._pool.fill(GARBAGE)
 
     def run(self, rows: Sequence[Row]) -> list[Sampled]:
@@ -43,14 +43,14 @@ class WatchedRunner(SimRunner):
         if self.engine is not None and self.engine.pool.index.name_of(block) is not None:
             raise Violation(f"page {block} is written after it was sealed")
 
-    def check(self, oracle: Oracle, names: Sequence[bytes]) -> None:
+    def check(self, oracle: Oracle) -> None:
         """The named pages hold what they should; the free ones are overwritten, so that late readers are found."""
         assert self.engine is not None
         pool = self.engine.pool
-        for name in names:
-            block = pool.index.lookup(name)
-            if block is not None:
+        names = pool.index._name
+        for block, name in names.items():
+            if self._known.get(block) != name:
                 oracle.check(name, self._pool[block].tobytes(), f"page {block} is published")
-        free = pool._free
-        if free:
-            self._pool[np.array(free, np.int64)] = GARBAGE
+        self._known = dict(names)
+        if pool._free:
+            self._pool[pool._free] = GARBAGE

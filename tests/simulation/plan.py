@@ -68,9 +68,9 @@ def draw(seed: int) -> Plan:
     blows: list[Blow] = []
     rates: dict[str, float] = {}
     if not calm:
-        count = chance.choice((0, 1, 2, 4, 8))
+        count = chance.choice((0, 1, 2, 4, 8, 16))
         blows = draw_blows(chance, count, [*prefills, *decodes], proxies, [r.name for r in requests])
-        rates = {"kv": chance.choice((0.0, 0.05, 0.15, 0.4)), "control": chance.choice((0.0, 0.0, 0.02, 0.1))}
+        rates = {"kv": chance.choice((0.0, 0.1, 0.3, 0.6)), "control": chance.choice((0.0, 0.0, 0.03, 0.2))}
     return Plan(
         seed,
         calm,
@@ -99,7 +99,7 @@ def _worker(chance: random.Random, name: str, calm: bool) -> WorkerPlan:
 def _requests(chance: random.Random, proxies: list[str], calm: bool) -> tuple[RequestPlan, ...]:
     topics = [[chance.randrange(1, VOCAB) for _ in range(24)] for _ in range(2)]
     requests: list[RequestPlan] = []
-    for number in range(chance.randrange(3, 9)):
+    for number in range(chance.randrange(4, 13)):
         shared = chance.choice(topics)[: chance.choice((0, 8, 12, 24))]
         own = [chance.randrange(1, VOCAB) for _ in range(chance.randrange(1, 20))]
         max_tokens = chance.choice((1, 2, 8, 16, 24))
@@ -111,7 +111,7 @@ def _requests(chance: random.Random, proxies: list[str], calm: bool) -> tuple[Re
         requests.append(
             RequestPlan(
                 f"r{number}",
-                chance.uniform(0.5, HORIZON_S - 4),
+                chance.uniform(0.5, HORIZON_S - 1),
                 chance.choice(proxies),
                 tuple(shared + own),
                 follows,

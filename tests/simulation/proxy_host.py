@@ -10,7 +10,7 @@ from typing import Any, cast
 import zmq
 
 from proxy.control import ControlSocket
-from proxy.dispatcher import TICK_S, MeshDispatcher
+from proxy.dispatcher import MeshDispatcher
 from proxy.fleet import Fleet
 from proxy.routing.place import Place
 from proxy.routing.residency import LocalResidency
@@ -20,6 +20,8 @@ from tests.simulation.network import Network
 from tests.simulation.oracle import Violation
 from tests.simulation.sockets import VirtualContext
 
+TICK_S = 0.2
+"""Twice production's: nothing depends on it but how late a deadline is seen."""
 NOTICED_S = 0.001
 """The kernel tells of the end of a process of the same machine within this."""
 
@@ -86,8 +88,12 @@ class ProxyHost(Host):
             if client.outcome:
                 self.clients.remove(client)
 
-    def submit(self, client: Client) -> None:
+    def ask(self, client: Client) -> None:
+        """A client connects and sends its request."""
         self.clients.append(client)
+        self.soon(self._submit, client)
+
+    def _submit(self, client: Client) -> None:
         client.submit(self.dispatcher)
         self.serve()
 

@@ -13,7 +13,9 @@ import kvtransfer.fetcher
 import kvtransfer.holder
 import kvtransfer.holding_state
 import proxy.routing.router
+import worker.steploop
 from tests.simulation.oracle import Violation
+from tests.simulation.worker_host import BEAT_S
 
 LOGGERS = ("proxy", "worker", "decode", "prefill", "kvtransfer", "engine", "mesh")
 
@@ -51,6 +53,7 @@ def tiny(chance: random.Random, block_bytes: int) -> Iterator[None]:
         (kvtransfer.holder, "parcel_bytes", lambda _: parcel),
         (kvtransfer.holding_state, "READY_BYTES", 16 * block_bytes),
         (proxy.routing.router, "RECOMPUTE_TOKENS", recompute),
+        (worker.steploop, "BEAT_EVERY_S", BEAT_S),
         (decode.role, "new_transfer_id", lambda: chance.randbytes(16)),
     ):
         try:
