@@ -50,11 +50,13 @@ class Blow:
 class Faults:
     """Draws faults, leaves out those in `without`, and notes those that were injected."""
 
-    def __init__(self, seed: int, rates: dict[str, float], without: Collection[str] = ()) -> None:
+    def __init__(self, seed: int, rates: dict[str, float], without: Collection[str] = (), limit: int | None = None) -> None:
+        """`limit`: at most so many are injected."""
         self._seed = splitmix64(seed)
         self._limits = {kind: int(rate * SCALE) for kind, rate in rates.items()}
         self._without = frozenset(without)
         self.injected: list[str] = []
+        self._limit = limit
         self.over = False
         """The horizon is behind: whatever is sent now arrives."""
 
@@ -75,7 +77,7 @@ class Faults:
         return self._happens(str(blow))
 
     def _happens(self, name: str) -> bool:
-        if name in self._without:
+        if name in self._without or (self._limit is not None and len(self.injected) >= self._limit):
             return False
         self.injected.append(name)
         return True

@@ -12,6 +12,7 @@ from mesh import blockhash
 from mesh.messages import WorkerInfo
 from mesh.params import SamplingParams
 from proxy.generation import GenerateRequest
+from proxy.routing.place import Place
 from tests.simulation.client import Client
 from tests.simulation.faults import HORIZON_S, Blow, Faults
 from tests.simulation.host import Host
@@ -50,7 +51,7 @@ class Simulation:
     def __init__(self, plan: Plan, without: Collection[str] = (), history: list[str] | None = None) -> None:
         self.plan = plan
         self.timeline = Timeline()
-        self.faults = Faults(plan.seed, plan.rates, without)
+        self.faults = Faults(plan.seed, plan.rates, without, limit=1 if plan.gentle else None)
         self.network = Network(self.timeline, self.faults, history=history)
         self.workers: dict[str, WorkerHost] = {}
         self.proxies: dict[str, ProxyHost] = {}
@@ -94,6 +95,7 @@ class Simulation:
         self.faults.over = True
         self._until(self._answered, ANSWERED_S, 1.0)
         self._until(self._left_over, QUIET_S, 5.0)
+        self._check_work()
 
     def _until(self, problem: object, limit: float, step: float) -> None:
         """Lets time pass until `problem()` is the empty string."""
@@ -110,7 +112,24 @@ class Simulation:
 
     def _left_over(self) -> str:
         hosts: list[WorkerHost | ProxyHost] = [*self.workers.values(), *self.proxies.values()]
-        return "; ".join(f"{h.name}: {left}" for h in hosts if h.alive and (left := h.left_over()))
+        left = [f"{h.name}: {text}" for h in hosts if h.alive and (text := h.left_over())]
+        places = [Place(w.name, w.incarnation) for w in self.workers.values() if w.alive]
+        left += [f"{p.name} asks no {name}" for p in self.proxies.values() for name in p.unknown(places)]
+        return "; ".join(left)
+
+    def _check_work(self) -> None:
+        """What was computed is what the attempts needed, once on each of the two workers of an attempt."""
+        bound = preempted = 0
+        for client in self.clients.values():
+            prompt, answer, n = len(client.request.tokens), len(client.expected), client.request.n
+            once = prompt + n * (answer + 2 * BLOCK_TOKENS)
+            bound += once if self.plan.gentle else 2 * client.attempts * (prompt * n + once)
+            if self.plan.gentle and (client.outcome != "done" or client.attempts != 1):
+                raise Violation(f"{client.name} needs {client.attempts} attempts: {client.outcome}")
+        preempted = sum(w.engine.num_preemptions for w in self.workers.values())
+        computed = self._computed + sum(w.runner.computed for w in self.workers.values())
+        if computed > bound and not preempted:
+            raise Violation(f"{computed} tokens are computed where {bound} suffice")
 
     def note(self, text: str) -> None:
         if self._history is not None:
@@ -159,6 +178,8 @@ class Simulation:
             self._exchange,
             plan.step_s,
             plan.clock_rate,
+            gentle=self.plan.gentle,
+            calm=self.plan.calm,
         )
 
     def _plan_request(self, plan: RequestPlan) -> None:

@@ -48,6 +48,8 @@ class Plan:
     seed: int
     calm: bool
     """Nothing goes wrong, so nothing may be lost, late or done twice."""
+    gentle: bool
+    """At most one message between KV endpoints is damaged: that is repaired, and nobody notices."""
     workers: tuple[WorkerPlan, ...]
     proxies: tuple[str, ...]
     requests: tuple[RequestPlan, ...]
@@ -60,20 +62,24 @@ class Plan:
 def draw(seed: int) -> Plan:
     chance = random.Random(seed)
     calm = seed % 6 == 0
+    gentle = seed % 3 == 0
     prefills = [f"prefill-{i}" for i in range(chance.choice((1, 1, 2, 3)))]
     decodes = [f"decode-{i}" for i in range(chance.choice((1, 2, 2, 3)))]
     proxies = [f"proxy-{i}" for i in range(chance.choice((1, 1, 2)))]
-    workers = tuple(_worker(chance, name, calm) for name in (*prefills, *decodes))
-    requests = _requests(chance, proxies, calm)
+    workers = tuple(_worker(chance, name, gentle) for name in (*prefills, *decodes))
+    requests = _requests(chance, proxies, gentle)
     blows: list[Blow] = []
     rates: dict[str, float] = {}
-    if not calm:
+    if gentle:
+        rates = {} if calm else {"kv": 0.05}
+    else:
         count = chance.choice((0, 1, 2, 4, 8, 16))
         blows = draw_blows(chance, count, [*prefills, *decodes], proxies, [r.name for r in requests])
         rates = {"kv": chance.choice((0.0, 0.1, 0.3, 0.6)), "control": chance.choice((0.0, 0.0, 0.03, 0.2))}
     return Plan(
         seed,
         calm,
+        gentle,
         workers,
         tuple(proxies),
         requests,
@@ -84,19 +90,19 @@ def draw(seed: int) -> Plan:
     )
 
 
-def _worker(chance: random.Random, name: str, calm: bool) -> WorkerPlan:
+def _worker(chance: random.Random, name: str, gentle: bool) -> WorkerPlan:
     return WorkerPlan(
         name,
         name.split("-")[0],
-        blocks=64 if calm else chance.randrange(20, 36),
+        blocks=64 if gentle else chance.randrange(20, 36),
         max_num_seqs=chance.choice((2, 4)),
         max_batched_tokens=chance.choice((8, 16)),
         step_s=chance.choice((0.01, 0.03)),
-        clock_rate=1.0 if calm else chance.choice((1.0, 0.9, 1.1)),
+        clock_rate=1.0 if gentle else chance.choice((1.0, 0.9, 1.1)),
     )
 
 
-def _requests(chance: random.Random, proxies: list[str], calm: bool) -> tuple[RequestPlan, ...]:
+def _requests(chance: random.Random, proxies: list[str], gentle: bool) -> tuple[RequestPlan, ...]:
     topics = [[chance.randrange(1, VOCAB) for _ in range(24)] for _ in range(2)]
     requests: list[RequestPlan] = []
     for number in range(chance.randrange(4, 13)):
@@ -118,7 +124,7 @@ def _requests(chance: random.Random, proxies: list[str], calm: bool) -> tuple[Re
                 max_tokens,
                 chance.randrange(max_tokens) if chance.random() < 0.2 else None,
                 2 if chance.random() < 0.15 else 1,
-                NO_DEADLINE_S if calm or chance.random() < 0.8 else chance.choice((0.2, 2.0, 6.0)),
+                NO_DEADLINE_S if gentle or chance.random() < 0.8 else chance.choice((0.2, 2.0, 6.0)),
                 chance.choice((0, 0, 0, 1)),
             )
         )

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import zmq
 
+from mesh.messages import TokenDelta
 from proxy.control import ControlSocket
 from proxy.dispatcher import MeshDispatcher
 from proxy.fleet import Fleet
@@ -56,6 +57,17 @@ class VirtualLoop:
         return timer
 
 
+class WatchedDispatcher(MeshDispatcher):
+    """Looks at what workers say before production does."""
+
+    def delta(self, worker: Place, delta: TokenDelta) -> None:
+        choice = self._choices.get(delta.request_id)
+        attempt = choice.state.attempt if choice is not None else None
+        if attempt is not None and delta.attempt == attempt.number and delta.index < attempt.first_index:
+            raise Violation(f"{worker.worker_id} computes token {delta.index} of {delta.request_id} again")
+        super().delta(worker, delta)
+
+
 class ProxyHost(Host):
     """One life of one proxy, and the clients connected to it."""
 
@@ -66,7 +78,7 @@ class ProxyHost(Host):
         loop = VirtualLoop(self)
         self.index = LocalResidency()
         self.fleet = Fleet(self.index, self.clock, loop.call_soon)
-        self.dispatcher = MeshDispatcher(
+        self.dispatcher = WatchedDispatcher(
             self.fleet, self.clock, max_requests=100, disaggregate_above=disaggregate_above
         )
         context = cast("zmq.Context[zmq.Socket[bytes]]", VirtualContext(network, self))
@@ -116,6 +128,11 @@ class ProxyHost(Host):
     def process_ended(self, worker: str, incarnation: int) -> None:
         """What the kernel says of a worker on the proxy's own machine."""
         self.soon(self.control._ended, Place(worker, incarnation), delay=NOTICED_S)
+
+    def unknown(self, workers: list[Place]) -> list[str]:
+        """Of these workers, those that this proxy would not ask."""
+        routable = {w.place for w in self.fleet.pool.routable()}
+        return [w.worker_id for w in workers if w not in routable]
 
     def left_over(self) -> str:
         """What the proxy still has in hand, in words; empty when it is idle."""

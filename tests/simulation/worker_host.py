@@ -25,6 +25,7 @@ from tests.simulation.network import Network
 from tests.simulation.oracle import Oracle, Violation
 from tests.simulation.pages import WatchedRunner
 from tests.simulation.sockets import VirtualContext, VirtualPoller
+from tests.simulation.watch import Watch
 from worker.grammars import Grammars
 from worker.metrics import WorkerMetrics
 from worker.process import Station, WorkerProcess
@@ -105,6 +106,9 @@ class WorkerHost(Host):
         exchange: Exchange,
         step_s: float,
         clock_rate: float,
+        *,
+        gentle: bool,
+        calm: bool,
     ) -> None:
         super().__init__(name, network.timeline, clock_at=zlib.crc32(name.encode()) % 5000, clock_rate=clock_rate)
         self.role = role
@@ -160,6 +164,7 @@ class WorkerHost(Host):
         self._checked = (0, 0)
         self.loop._commands = cast(Any, self._commands)
         self.loop._emit = self._emit
+        self._watch = Watch(self, oracle, gentle=gentle, calm=calm)
         self.wake()
         self._wake_loop()
 
@@ -169,6 +174,7 @@ class WorkerHost(Host):
 
     def turn(self) -> None:
         self.process._turn()
+        self._watch.turned()
         if self.process._exit_code is not None:
             self.leave()
             return
@@ -222,6 +228,7 @@ class WorkerHost(Host):
             return
         steps = self.engine.num_steps
         self.loop._turn()
+        self._watch.looped()
         stepped = self.engine.num_steps != steps
         if self._checked != (now := (self.engine.num_steps, self._commands.count)):
             self._checked = now

@@ -1,0 +1,136 @@
+"""What must hold inside one worker at every moment, seen from between its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from decode.role import DecodeRole
+from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted, StreamReleased
+from kvtransfer.events import Event as KvEvent
+from kvtransfer.protocol import LEASE_TTL_S, Wanted
+from mesh.messages import Abort, Peer
+from mesh.wire import Envelope
+from tests.simulation.oracle import Oracle, Violation
+from worker.firsttoken import FirstToken
+from worker.links import ProxyLink
+from worker.role import engine_key
+
+if TYPE_CHECKING:
+    from tests.simulation.worker_host import WorkerHost
+
+LATE_S = 1.5
+"""Deadlines are seen by an idle loop this late."""
+
+
+class Watch:
+    """Stands between the process, its KV endpoint and its role."""
+
+    def __init__(self, host: WorkerHost, oracle: Oracle, *, gentle: bool, calm: bool) -> None:
+        """`gentle`: so little goes wrong that no transfer may fail; `calm`: nothing does."""
+        self._host = host
+        self._oracle = oracle
+        self._gentle = gentle
+        self._calm = calm
+        self._wanted: dict[bytes, dict[int, bytes]] = {}
+        """Transfers that have not ended: their blocks' names."""
+        self._arrived: dict[bytes, set[int]] = {}
+        self._noted: set[bytes] = set()
+        self._optional: set[bytes] = set()
+        """Transfers that need not bring everything."""
+        self._aborted: list[str] = []
+        process: Any = host.process
+        kv: Any = host.kv
+        self._events = process._kv_events
+        self._from_proxy = process._from_proxy
+        self._fetch = kv.fetch
+        process._kv_events = self.kv_events
+        process._from_proxy = self.from_proxy
+        kv.fetch = self.fetch
+
+    def fetch(
+        self, transfer_id: bytes, attempt: int, peer: Peer, stream: str, wanted: Sequence[Wanted], deadline_s: float
+    ) -> None:
+        if transfer_id in self._wanted:
+            raise Violation(f"{self._host.name} uses a transfer id twice")
+        self._wanted[transfer_id] = {w.index: w.name for w in wanted}
+        self._arrived[transfer_id] = set()
+        if not stream:  # from a worker that holds what it happens to hold
+            self._optional.add(transfer_id)
+        self._fetch(transfer_id, attempt, peer, stream, wanted, deadline_s)
+
+    def kv_events(self, events: list[KvEvent]) -> None:
+        for event in events:
+            if isinstance(event, BlockArrived):
+                self._block(event)
+            elif isinstance(event, Noted):
+                if event.transfer_id in self._noted:
+                    raise Violation(f"{self._host.name} hears a first token twice")
+                self._noted.add(event.transfer_id)
+                if FirstToken.unpack(event.payload).finish is not None:  # the answer is over: nobody needs the rest
+                    self._optional.add(event.transfer_id)
+            elif isinstance(event, FetchEnded):
+                self._ended(event)
+            elif isinstance(event, StreamReleased):
+                if self._calm and event.reason not in ("confirmed", "aborted"):
+                    raise Violation(f"{event.stream} is released by {event.reason} though nothing went wrong")
+        self._events(events)
+
+    def _block(self, event: BlockArrived) -> None:
+        wanted = self._wanted.get(event.transfer_id)
+        if wanted is None or event.index not in wanted:
+            raise Violation(f"{self._host.name} is given a block that it did not ask for")
+        if event.index in self._arrived[event.transfer_id]:
+            raise Violation(f"{self._host.name} is given block {event.index} twice")
+        self._arrived[event.transfer_id].add(event.index)
+        self._oracle.check(wanted[event.index], event.payload, f"{self._host.name} accepts block {event.index}")
+
+    def _ended(self, event: FetchEnded) -> None:
+        wanted = self._wanted.pop(event.transfer_id, None)
+        arrived = self._arrived.pop(event.transfer_id, set())
+        if wanted is None:
+            raise Violation(f"{self._host.name}: a transfer ends twice")
+        if arrived | set(event.missing) != set(wanted) or arrived & set(event.missing):
+            raise Violation(f"{self._host.name}: blocks {event.missing} are missing, {sorted(arrived)} came")
+        if event.outcome == "aborted":
+            return
+        missing = event.missing and event.transfer_id not in self._optional
+        if self._gentle and (event.outcome != "ok" or missing):
+            raise Violation(f"{self._host.name}: a fetch ends by {event.outcome} without {event.missing}")
+
+    def from_proxy(self, link: ProxyLink, envelope: Envelope, now: float) -> None:
+        self._from_proxy(link, envelope, now)
+        if isinstance(envelope.message, Abort):
+            self._is_aborted(envelope.message)
+
+    def _is_aborted(self, message: Abort) -> None:
+        role = cast(Any, self._host.process._role)
+        jobs = role._jobs if isinstance(role, DecodeRole) else role._streams
+        for job in jobs.values():
+            if job.request_id == message.request_id and job.attempt <= message.attempt:
+                raise Violation(f"{self._host.name} goes on with {job.key}, which was aborted")
+        self._aborted.append(engine_key(message.request_id, message.attempt))
+
+    def looped(self) -> None:
+        """After a turn of the step loop."""
+        for key in self._aborted:
+            if key in self._host.engine._requests:
+                raise Violation(f"{self._host.name} computes {key}, which was aborted")
+        self._aborted.clear()
+
+    def turned(self) -> None:
+        """After a turn of the I/O loop."""
+        host, role = self._host, cast(Any, self._host.process._role)
+        now, state = host.clock(), host.kv._holder.state
+        for serving in state.servings.values():
+            if serving.sent > serving.granted:
+                raise Violation(f"{host.name} sends {serving.sent} blocks on credit for {serving.granted}")
+        for lease in state.leases.values():
+            if now > lease.heard_at + LEASE_TTL_S + LATE_S:
+                raise Violation(f"{host.name} holds blocks on a lease that lapsed {now - lease.heard_at:.1f} s ago")
+        jobs = role._jobs if isinstance(role, DecodeRole) else role._streams
+        for job in jobs.values():
+            if now > job.deadline + LATE_S:
+                raise Violation(f"{host.name} goes on with {job.key} after its deadline")
+        if isinstance(role, DecodeRole) and host.kv.stats().fetching != len(role._by_transfer):
+            raise Violation(f"{host.name} fetches for nobody")
