@@ -48,7 +48,7 @@ async def prepare(service: Service, body: ChatBody) -> Asked:
     """Raises `RequestError` for what cannot be served; nothing is generated yet."""
     check_chat(body)
     service.check_priority(body.priority)
-    tools = offered_tools(body, service.tokenizer)
+    tools = offered_tools(body, service.tokenizer, service.tool_format)
     max_model_len = service.facts().max_model_len
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     tokens = await prompt_tokens(service, body, bounded=body.truncate_prompt_tokens is None)

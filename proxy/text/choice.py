@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from proxy.text.detokenizer import Detokenizer
 from proxy.text.stopstrings import StopStrings
-from proxy.text.toolcalls import ToolCall, ToolCallParser
+from proxy.text.toolcalls import CallParser, Parsed, ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class ChoiceText:
         self,
         detokenizer: Detokenizer,
         stops: StopStrings | None = None,
-        tools: ToolCallParser | None = None,
+        tools: CallParser | None = None,
         *,
         hide_stop_token: bool = True,
         min_tokens: int = 0,
@@ -77,20 +77,17 @@ class ChoiceText:
             if self._stops is not None and not self._matched:
                 text += self._stops.flush()
         self.finish = "stop" if self._matched else finish
-        calls: tuple[ToolCall, ...] = ()
-        if self._tools is not None:
-            text, calls = self._parsed(self._tools, text)
-        return Piece(text, len(offsets), self.finish, tuple(offsets), calls)
+        parsed = Parsed(text) if self._tools is None else self._parsed(self._tools, text)
+        return Piece(parsed.text, len(offsets), self.finish, tuple(offsets), parsed.calls, parsed.reasoning)
 
-    def _parsed(self, tools: ToolCallParser, text: str) -> tuple[str, tuple[ToolCall, ...]]:
+    def _parsed(self, tools: CallParser, text: str) -> Parsed:
         """Text without the calls in it. An answer that ends by itself after a call ends with `tool_calls`."""
-        said, calls = tools.push(text)
+        parsed = tools.push(text)
         if self.finish is not None:
-            rest, more = tools.flush()
-            said, calls = said + rest, calls + more
+            parsed += tools.flush()
         if tools.done or (tools.called and self.finish == "stop"):
             self.finish = "tool_calls"
-        return said, calls
+        return parsed
 
     @property
     def _matched(self) -> bool:
