@@ -136,6 +136,8 @@ class CallList:
     def _id(self, call: Found) -> str:
         index = len(self._ids)
         id = self._make_id(call, index)
+        if id in self._ids:  # the model wrote it twice
+            id = self._make_id(Found(call.name, call.arguments), index)
         if id in self._ids:
             id = unique_id(call, index)
         self._ids.add(id)

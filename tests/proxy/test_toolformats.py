@@ -152,15 +152,17 @@ def test_kimi_keeps_the_ids_that_the_model_wrote_as_long_as_they_differ() -> Non
         "functions.time:8",
     ]
     assert ids("kimi_k2", call("time", "{}") * 2) == ["functions.time:0", "functions.time:1"]
-    first, second = ids("kimi_k2", call("functions.time:7", "{}") * 2)
-    assert first == "functions.time:7"
+    assert ids("kimi_k2", call("functions.time:7", "{}") * 2) == ["functions.time:7", "functions.time:1"]
+    first, second = ids("kimi_k2", call("functions.time:1", "{}") * 2)
+    assert first == "functions.time:1"
     assert second.startswith("call_")
 
 
 def test_mistral_ids_are_nine_letters_and_digits() -> None:
     assert ids("mistral", "[TOOL_CALLS]time[CALL_ID]Ab3dEf6hI[ARGS]{}") == ["Ab3dEf6hI"]
     assert ids("mistral", '[TOOL_CALLS][{"name": "time", "id": "Ab3dEf6hI"}]') == ["Ab3dEf6hI"]
-    for id in ids("mistral", "[TOOL_CALLS]time[CALL_ID]too_long_for_it[ARGS]{}[TOOL_CALLS]time{}"):
+    twice = "[TOOL_CALLS]time[CALL_ID]Ab3dEf6hI[ARGS]{}" * 2
+    for id in ids("mistral", twice + "[TOOL_CALLS]time[CALL_ID]too_long_for_it[ARGS]{}[TOOL_CALLS]time{}"):
         assert re.fullmatch("[A-Za-z0-9]{9}", id)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mesh.errors import RequestError
 from mesh.grammar import Vocabulary, compile_grammar
 from mesh.tokenizer import Tokenizer
+from proxy.api.argumentschema import accepts_by
 from proxy.api.structured import with_form
 from proxy.api.toolgrammar import Enforced, calls_grammar, calls_or_form_grammar, form_grammar
 from proxy.text.toolcalls import Function
@@ -152,6 +155,54 @@ class TestEnforced:
         assert marked.accepts(grammar, write(MORE))
         for text in (final + "{}", final + '{"}{": "x"}', final + "Hello", write(OSLO) + final + '{"}{": 5}'):
             assert not marked.accepts(grammar, text), text
+
+
+SMALL: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "text": {"type": "string", "maxLength": 3},
+        "n": {"type": "integer", "minimum": -9, "maximum": 99},
+        "ok": {"type": "boolean"},
+        "pair": {
+            "type": "object",
+            "properties": {"a": {"enum": ["x", None]}},
+            "required": ["a"],
+            "additionalProperties": False,
+        },
+        "list": {"type": "array", "items": {"type": "string", "maxLength": 2}, "maxItems": 2},
+        "maybe": {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 9}, {"type": "null"}]},
+    },
+    "required": ["text", "maybe"],
+    "additionalProperties": False,
+}
+
+
+def walk(marked: Marked, grammar: str, rng: random.Random) -> str:
+    """An output that the grammar allows, its tokens drawn from those that may follow."""
+    matcher = compile_grammar(marked.compiler, grammar)
+    tokens: list[int] = []
+    while len(tokens) < 5000:
+        allowed = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little").nonzero()[0]
+        token = int(rng.choice(allowed))
+        if token in marked.tokenizer.eos_token_ids:
+            return marked.tokenizer.decode(tokens, skip_special_tokens=False)
+        matcher.consume_token(token)
+        tokens.append(token)
+    raise AssertionError("the walk does not end")
+
+
+@pytest.mark.parametrize("marked", [PLAIN, SPECIAL], ids=["texts", "special tokens"])
+@pytest.mark.parametrize("format", [f for f in FORMATS if not f.always], ids=lambda format: format.name)
+def test_whatever_the_grammar_allows_is_calls_that_fit_the_schema(format: ToolFormat, marked: Marked) -> None:
+    function = Function(SMALL, accepts_by(SMALL, ""))
+    grammar = calls_grammar([Enforced("f", SMALL, "")], format, marked.tokenizer, several=True)
+    rng = random.Random(format.name)
+    for _ in range(6):
+        output = walk(marked, grammar, rng)
+        parser = format.parser({"f": function})
+        parsed = parser.push(output) + parser.flush()
+        assert parsed.text == "", output
+        assert parsed.calls
 
 
 @pytest.mark.parametrize("name", ["llama3_json", "pythonic", "hermes"])
