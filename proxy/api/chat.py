@@ -16,11 +16,12 @@ from proxy.api.frames import Envelope, Frames, json_response, rendered
 from proxy.api.logprobs import Spelling, chat_entry, prompt_entry, prompt_logprobs_of
 from proxy.api.schemas import ChatBody, openapi_body
 from proxy.api.service import Service, new_id, unix_now
-from proxy.api.sse import compact
+from proxy.api.sse import compact, quoted
 from proxy.generation import Chunk, Route
 from proxy.text.choice import Piece
 from proxy.text.toolcalls import ToolCall
 
+PLAIN_END = '},"logprobs":null,"finish_reason":null}'
 ROUTE_HEADER = "x-kvmesh-route"
 """`1`: a stream's last frame tells which workers served."""
 
@@ -74,7 +75,7 @@ def chat_router(service: Service) -> APIRouter:
     return router
 
 
-class ChatStream:
+class ChatStream(Sink):
     """Frames: the role, text as it comes, calls when they are whole, the finish reason; for each choice."""
 
     def __init__(self, frames: Frames, shape: Shape) -> None:
@@ -89,7 +90,12 @@ class ChatStream:
             self._begun[choice] = True
             prompt = f',"prompt_token_ids":{compact(self._shape.prompt)}' if self._shape.token_ids else ""
             head = self._frames.head(choice, '"delta":{"role":"assistant","content":', prompt)
-            frames = self._frames.text(head, "", '},"logprobs":null,"finish_reason":null}')
+            frames = self._frames.text(head, "", PLAIN_END)
+        if piece.reasoning:
+            # clients are split between the two names
+            thought = quoted(piece.reasoning)
+            head = self._frames.head(choice, '"delta":{"reasoning":')
+            frames += self._frames.whole(head, f'{thought},"reasoning_content":{thought}', PLAIN_END)
         if piece.text or ((self._shape.logprobs or self._shape.token_ids) and piece.num_tokens):
             frames += self._frames.text(self._heads[choice], piece.text, self._after_text(chunk, piece))
         for call in piece.calls:
@@ -114,7 +120,7 @@ class ChatStream:
         return self._frames.end(routes)
 
 
-class ChatDocument:
+class ChatDocument(Sink):
     """Collects every choice for one JSON answer."""
 
     def __init__(self, envelope: Envelope, shape: Shape, usage: Usage) -> None:
@@ -125,12 +131,14 @@ class ChatDocument:
         self._prompt_logprobs: list[dict[str, Any] | None] | None = None
         self._token_ids: list[list[int]] = [[] for _ in range(n)]
         self._texts: list[list[str]] = [[] for _ in range(n)]
+        self._thoughts: list[list[str]] = [[] for _ in range(n)]
         self._calls: list[list[ToolCall]] = [[] for _ in range(n)]
         self._entries: list[list[dict[str, Any]]] = [[] for _ in range(n)]
         self._finishes: list[str | None] = [None] * n
 
     def take(self, choice: int, chunk: Chunk, piece: Piece) -> bytes:
         self._texts[choice].append(piece.text)
+        self._thoughts[choice].append(piece.reasoning)
         self._calls[choice].extend(piece.calls)
         self._finishes[choice] = piece.finish
         self._token_ids[choice].extend(chunk.tokens[: piece.num_tokens])
@@ -158,6 +166,8 @@ class ChatDocument:
     def _choice(self, choice: int) -> dict[str, Any]:
         text, calls = "".join(self._texts[choice]), self._calls[choice]
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if thought := "".join(self._thoughts[choice]):
+            message |= {"content": text or None, "reasoning": thought, "reasoning_content": thought}
         if calls:
             message |= {"content": text or None, "tool_calls": [call.object() for call in calls]}
         logprobs = {"content": self._entries[choice], "refusal": None} if self._shape.logprobs else None

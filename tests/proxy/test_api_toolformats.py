@@ -239,7 +239,15 @@ def test_harmony_is_read_with_and_without_tools(fields: dict[str, Any]) -> None:
     one = api("harmony", f"{THOUGHT}<|channel|>final<|message|>Hello")
     (choice,) = one.chat(**fields)["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("Hello", "stop")
+    assert choice["message"]["reasoning"] == "Hm."
     assert one.sent.params.grammar is None
+
+
+def test_harmony_streams_what_the_model_thinks() -> None:
+    stream = api("harmony", THOUGHT + SINGLE["harmony"].write(OSLO)).chat_stream(tools=[WEATHER])
+    deltas = [c["delta"] for event in stream for c in event["choices"]]
+    assert "".join(delta.get("reasoning", "") for delta in deltas) == "Hm."
+    assert sum(len(delta.get("tool_calls", ())) for delta in deltas) == 1
 
 
 def test_harmony_calls_need_tools() -> None:

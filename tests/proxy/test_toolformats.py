@@ -101,6 +101,22 @@ SINGLE = {
 }
 
 
+@pytest.mark.parametrize("name", CORPORA)
+def test_spliced_outputs_do_not_depend_on_the_pieces_either(name: str) -> None:
+    format = BY_NAME[name]
+    rng = random.Random(name)
+    outputs = [case.output for case in CORPORA[name] if len(case.output) < 400]
+    scraps = [*format.all_marks, "x", "\n", '"', "'", "{", "[", ";"]
+    for _ in range(60):
+        output = ""
+        for _ in range(rng.randint(1, 5)):
+            part = rng.choice(outputs)
+            output += part[rng.randint(0, len(part)) // 3 :][: rng.randint(0, 400)] + rng.choice(scraps)
+        whole = fed(format.parser(FUNCTIONS), [output])
+        assert fed(format.parser(FUNCTIONS), output) == whole, output
+        assert whole[1] or format.always or whole[0] == output, output
+
+
 @pytest.mark.parametrize("name", SINGLE)
 def test_a_call_is_passed_on_with_its_last_character(name: str) -> None:
     parser = BY_NAME[name].parser(FUNCTIONS)
