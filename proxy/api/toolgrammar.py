@@ -12,7 +12,7 @@ from mesh.errors import RequestError
 from mesh.tokenizer import Tokenizer
 from proxy.api.argumentschema import ANNOTATIONS
 from proxy.api.structured import check_schema, invalid_schema, json_rule, literal, spelled
-from proxy.text.pairs import PairsCall, referred, types_of
+from proxy.text.pairs import PairsCall, referred, type_of, types_of
 from proxy.text.toolformats import JsonWriting, ToolFormat
 
 ANALYSIS = ("<|channel|>analysis<|message|>", "<|end|>", "<|start|>assistant")
@@ -114,7 +114,7 @@ class _Rules:
         return self._pairs_call(function, writing) if isinstance(writing, PairsCall) else self._python_call(function)
 
     def _json_call(self, function: Enforced, writing: JsonWriting) -> str:
-        before, index, after = writing.opening.replace("NAME", function.name).partition("INDEX")
+        before, index, after = (part.replace("NAME", function.name) for part in writing.opening.partition("INDEX"))
         # a bare object in JSON's own tokens, so that another object may be the alternative
         texts = JSON_TOKEN.findall(before) if before.startswith("{") else [before]
         parts = [self._spelled(text) for text in texts]
@@ -150,24 +150,31 @@ class _Rules:
             return self._pair_value(function, schema, call, depth + 1)
         if schema is False:
             raise _unsaid(function, "a parameter without a value")
-        types = types_of(schema, function.schema)
-        if types is None:
+        if schema is True or not schema.keys() - ANNOTATIONS:
             return self._text_until(call.value[1])
-        values = [schema["const"]] if "const" in schema else schema.get("enum")
-        if isinstance(values, list):
-            texts = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
-            if any(call.value[1] in text for text in texts):
-                raise _unsaid(function, f"a value with {call.value[1]} in it")
-            return f"({' | '.join(map(literal, texts))}) {self._spelled(call.edge + call.value[1])}"
-        if "string" not in types:
+        types = types_of(schema, function.schema)
+        if "const" in schema or "enum" in schema:
+            return self._pair_literal(function, schema, call)
+        if types is not None and "string" not in types:
             return f"{json_rule(_rooted(schema, function))} {self._spelled(call.edge + call.value[1])}"
-        found = [part for keyword in ("anyOf", "oneOf") if isinstance(part := schema.get(keyword), list)]
-        parts = found[0] if found else [{**schema, "type": name} for name in sorted(types)]
-        if found and (other := schema.keys() - {"type", "anyOf", "oneOf", *ANNOTATIONS}):
-            raise _unsaid(function, f"alternatives with {min(other)[:80]}")
-        if len(parts) > 1 or found:
-            return f"({' | '.join(self._pair_value(function, part, call, depth + 1) for part in parts)})"
-        return self._pair_text(function, schema, call)
+        parts = _alternatives(function, schema, types)
+        if parts is None:
+            return self._pair_text(function, schema, call)
+        return f"({' | '.join(self._pair_value(function, part, call, depth + 1) for part in parts)})"
+
+    def _pair_literal(self, function: Enforced, schema: dict[str, Any], call: PairsCall) -> str:
+        if other := schema.keys() - {"type", "const", "enum", *ANNOTATIONS}:
+            raise _unsaid(function, f"given values with {min(other)[:80]}")
+        values = [schema["const"]] if "const" in schema else schema["enum"]
+        kinds = types_of({"type": schema["type"]}, {}) if "type" in schema else None
+        texts = [
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            for value in (values if isinstance(values, list) else ())
+            if kinds is None or type_of(value, kinds) in kinds
+        ]
+        if not texts or any(call.value[1] in text for text in texts):
+            raise _unsaid(function, f"no value, or one with {call.value[1]} in it")
+        return f"({' | '.join(map(literal, texts))}) {self._spelled(call.edge + call.value[1])}"
 
     def _pair_text(self, function: Enforced, schema: dict[str, Any], call: PairsCall) -> str:
         for keyword in schema:
@@ -215,6 +222,23 @@ def _parameters(function: Enforced) -> list[tuple[str, Any, bool]]:
         raise invalid_schema(function.where, "it must be of type object, with properties and a list of the required")
     names = dict.fromkeys([*properties, *(name for name in required if isinstance(name, str))])
     return [(name, properties.get(name, {}), name in required) for name in names]
+
+
+def _alternatives(function: Enforced, schema: dict[str, Any], types: frozenset[str] | None) -> list[Any] | None:
+    """Of a value that may be a string; None: it is nothing but a string."""
+    for keyword in ("anyOf", "oneOf"):
+        parts = schema.get(keyword)
+        if isinstance(parts, list):
+            if other := schema.keys() - {"type", keyword, *ANNOTATIONS}:
+                raise _unsaid(function, f"alternatives with {min(other)[:80]}")
+            kinds = [types_of(part, function.schema) for part in parts]
+            known = [kind for part in kinds for kind in part or ("string", "string")]
+            if keyword == "oneOf" and len(set(known)) < len(known):
+                raise _unsaid(function, "oneOf of alternatives that may overlap")
+            return parts
+    if types is not None and len(types) > 1:
+        return [{**schema, "type": name} for name in sorted(types)]
+    return None
 
 
 def _rooted(schema: Any, function: Enforced) -> Any:

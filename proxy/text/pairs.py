@@ -13,7 +13,7 @@ from proxy.text.source import BLANKS, Malformed, Source, Steps
 from proxy.text.toolcalls import Found, Functions
 
 NAME = re.compile(r"[A-Za-z0-9_.-]*")
-MAX_STEPS = 500
+MAX_STEPS = 200
 """Through a schema in search of its types; one that refers to itself never ends."""
 
 Types = frozenset[str] | None
@@ -97,7 +97,7 @@ def typed(text: str, parameters: Mapping[str, Any], name: str) -> Any:
     value = _parsed(text, python=types is not None)
     if isinstance(value, float) and value.is_integer() and types is not None and "number" not in types:
         value = int(value)
-    if not isinstance(value, str) and (not text_allowed or types is None or _type(value, types) in types):
+    if not isinstance(value, str) and (not text_allowed or types is None or type_of(value, types) in types):
         return value
     if not text_allowed:
         raise Malformed
@@ -121,9 +121,9 @@ def _types(schema: Any, root: Mapping[str, Any], steps: list[int]) -> Types:
     if isinstance(given, list):
         return frozenset(name for name in given if isinstance(name, str))
     if "const" in schema:
-        return frozenset({_type(schema["const"])})
+        return frozenset({type_of(schema["const"])})
     if isinstance(schema.get("enum"), list):
-        return frozenset(map(_type, schema["enum"]))
+        return frozenset(map(type_of, schema["enum"]))
     for keyword in ("anyOf", "oneOf", "allOf"):
         parts = schema.get(keyword)
         if isinstance(parts, list) and parts:
@@ -142,8 +142,8 @@ def referred(reference: Any, root: Mapping[str, Any]) -> Any:
     return found
 
 
-def _type(value: Any, allowed: frozenset[str] = frozenset()) -> str:
-    """Its name in JSON; an integer is a number where there are no integers."""
+def type_of(value: Any, allowed: frozenset[str] = frozenset()) -> str:
+    """The name of its type in JSON; an integer is a number where there are no integers."""
     if isinstance(value, bool):
         return "boolean"
     if isinstance(value, int):

@@ -205,7 +205,7 @@ class MarkedParser:
         self._source: Source | None = None
         """What may be a call, from its mark on."""
         self._steps: Steps[list[Found]] | None = None
-        self._space = ""
+        self._space: list[str] = []
         """White space and separators that are only passed on when text follows: around calls they are no text."""
         self._spoken = False
         """Text was passed on since the last call."""
@@ -232,7 +232,7 @@ class MarkedParser:
         parsed = self._parsed()
         if self.called:
             return parsed
-        return Parsed(parsed.text + self._space, parsed.calls)
+        return Parsed(parsed.text + "".join(self._space), parsed.calls)
 
     def _parsed(self) -> Parsed:
         calls: list[ToolCall] = []
@@ -270,7 +270,8 @@ class MarkedParser:
             made = self._calls.add(read.value)
             if made:
                 calls += made
-                self._space, self._spoken = "", False
+                self._space.clear()
+                self._spoken = False
             else:
                 self._say(self._source.taken)
             self._look_again(self._source.rest)
@@ -300,8 +301,10 @@ class MarkedParser:
         self._buffer = self._buffer[at + len(mark) :]
         if self._spoken or not self.called:
             self._say(mark)
+        elif mark in marks.between:
+            self._space.append(mark)
         else:
-            self._space = self._space + mark if mark in marks.between else ""
+            self._space.clear()
         return True
 
     def _begin(self, at: int) -> None:
@@ -328,10 +331,10 @@ class MarkedParser:
     def _say(self, text: str) -> None:
         if not self._spoken:
             if not text.strip():
-                self._space += text
+                self._space.append(text)
                 return
-            text = self._space + text
-            self._space = ""
+            self._texts += self._space
+            self._space.clear()
             self._spoken = True
         self._texts.append(text)
 

@@ -55,6 +55,7 @@ SAVE: dict[str, Any] = {
     "$defs": {"tag": {"type": "string", "maxLength": 3}},
 }
 SCHEMAS: dict[str, dict[str, Any]] = {"weather": CITY, "time": {"type": "object", "properties": {}}, "save": SAVE}
+ODD_NAMES = ("NAME", "INDEX", "functions.f", "f-1")
 ENFORCED = [Enforced(name, schema, "tools.0.function.parameters") for name, schema in SCHEMAS.items()]
 OSLO: Call = ("weather", {"city": "Oslo 東京 'a' \"b\" <c>"})
 TIME: Call = ("time", {})
@@ -135,6 +136,11 @@ class TestEnforced:
             ("save", {"text": "x", "n": 1, "other": 2}),
         ):
             assert not marked.accepts(grammar, write(call)), write(call)
+
+    def test_any_name_is_itself(self, format: ToolFormat, marked: Marked) -> None:
+        functions = [Enforced(name, SCHEMAS["time"], "") for name in ODD_NAMES]
+        grammar = calls_grammar(functions, format, marked.tokenizer, several=False)
+        assert all(marked.accepts(grammar, marked.write(format, (name, {}))) for name in ODD_NAMES)
 
     def test_several_calls_or_one(self, format: ToolFormat, marked: Marked) -> None:
         write = partial(marked.write, format)
@@ -255,6 +261,10 @@ PYTHON = next(format for format in FORMATS if format.name == "pythonic")
         ({"type": "string", "maxLength": 3, "minLength": 1}, ["a", "é\nb"], ["", "abcd"]),
         ({"enum": ["a b", 5, None, True]}, ["a b", "5", "null", "true"], ["", "6", '"a b"', "True"]),
         ({"const": "x"}, ["x"], ["y"]),
+        ({"enum": ["", "a"]}, ["", "a"], ["b"]),
+        ({"type": "integer", "enum": [1, "a"]}, ["1"], ["a"]),
+        ({"oneOf": [{"type": "string"}, {"type": "null"}]}, ["anything"], []),
+        ({"anyOf": [{"type": "string", "maxLength": 2}, {"type": "integer"}]}, ["ab", "123"], ["abc"]),
         ({"type": "integer"}, ["5", "-7"], ["5.5", "five", ""]),
         ({"type": "number", "maximum": 9}, ["5.5", "9"], ["10"]),
         ({"type": "boolean"}, ["true"], ["True", "1"]),
@@ -293,6 +303,12 @@ def test_a_plain_value_is_held_to_its_schema(schema: Any, allowed: list[str], re
         (one_parameter({"$ref": "#/$defs/none"}), "$ref"),
         (one_parameter({"$ref": "#/properties/v"}), "deep"),
         (one_parameter(False), "without a value"),
+        (one_parameter({"pattern": "a+"}), "pattern"),
+        (one_parameter({"not": {}}), "not"),
+        (one_parameter({"allOf": [{"type": "string"}]}), "allOf"),
+        (one_parameter({"enum": []}), "no value"),
+        (one_parameter({"enum": ["a"], "minLength": 1}), "minLength"),
+        (one_parameter({"oneOf": [{"type": "string"}, {"const": "a"}]}), "overlap"),
         (one_parameter({"type": "string", "minLength": -1}), "minLength"),
         (one_parameter({"anyOf": [{"type": "string"}], "maxLength": 3}), "maxLength"),
         (one_parameter({"type": "string"}, more={"anyOf": []}), "anyOf"),
