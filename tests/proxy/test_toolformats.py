@@ -230,7 +230,7 @@ TEMPLATES = {
     "hermes": '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call> "parameters": ',
     "mistral": "'[TOOL_CALLS] [' + calls + ']'",
     "mistral_args": "'[TOOL_CALLS]' + name + '[ARGS]' + arguments",
-    "llama4_pythonic": "<|header_start|> <|python_start|>[func_name1(params_name1=params_value1)]<|python_end|>",
+    "llama4_pythonic": "<|header_start|>system Use exact format: [func_name1(param1=value1), func_name2(...)]",
     "olmo3": "<function_calls>\nf(a=1)\n</function_calls>",
     "pythonic": "<|start_header_id|> [func_name1(params_name1=params_value1), func_name2(params)]",
     "llama3_json": '<|start_header_id|> {"name": function name, "parameters": dictionary} "parameters": <|python_tag|>',

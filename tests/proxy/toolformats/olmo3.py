@@ -6,7 +6,14 @@ from tests.proxy.toolformats.cases import OSLO, TIME, UNKNOWN, Case, Writer, com
 from tests.proxy.toolformats.pythonic import python
 
 OPEN, CLOSE = "<function_calls>", "</function_calls>"
-WRITTEN = Writer(call=python, start=OPEN, end=CLOSE, tail=CLOSE, marks=(OPEN, CLOSE, ")", "'\n"), unit=True)
+WRITTEN = Writer(
+    call=python,
+    start=f"{OPEN}\n",
+    end=f"\n{CLOSE}",
+    tail=f"\n{CLOSE}",
+    marks=(OPEN, CLOSE, ")", "'\n"),
+    unit=True,
+)
 ONE, CLOCK = WRITTEN.write(OSLO), WRITTEN.write(TIME)
 CASES = [
     *common(WRITTEN),
