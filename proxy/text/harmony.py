@@ -49,7 +49,7 @@ class HarmonyParser:
         self._source.add(text)
         return self._parsed()
 
-    def flush(self) -> Parsed:
+    def flush(self, *, complete: bool = False) -> Parsed:
         self._source.over = True
         return self._parsed()
 

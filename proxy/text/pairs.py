@@ -55,7 +55,7 @@ class PairsCall:
         function = functions.get(name)
         schema = {} if function is None else function.parameters
         arguments: dict[str, Any] | None = {}
-        while (yield from source.mark(self.key[0], self.closing)) == self.key[0]:
+        while (yield from self._mark(source)) == self.key[0]:
             key = (yield from source.until(self.key[1])).strip()
             if self.value[0]:
                 yield from source.run(BLANKS)
@@ -68,6 +68,13 @@ class PairsCall:
                 arguments = None  # no call, but what other values hold must not be looked at for one
         return [Found(name, arguments)]
 
+    def _mark(self, source: Source) -> Steps[str]:
+        """That of the next key, or the closing one, which models forget at the end; where a call was cut, more of its
+        arguments might have come."""
+        if source.complete and (yield from source.ended()):
+            return self.closing
+        return (yield from source.mark(self.key[0], self.closing))
+
     def _value(self, source: Source) -> Steps[str]:
         """Up to the first closing mark that another mark of the call follows: one within the value is its own."""
         parts: list[str] = []
@@ -77,6 +84,8 @@ class PairsCall:
             if (yield from source.ahead(self.key[0], self.closing)):
                 break
             if (yield from source.ended()):
+                if source.complete:
+                    break
                 raise Malformed
             parts += [self.value[1], blanks]
         value = "".join(parts)

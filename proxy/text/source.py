@@ -24,7 +24,7 @@ class Malformed(Exception):
 class Source:
     """The text from some place on."""
 
-    __slots__ = ("_at", "_pieces", "_rest", "over")
+    __slots__ = ("_at", "_pieces", "_rest", "complete", "over")
 
     def __init__(self, text: str = "", *, over: bool = False) -> None:
         self._pieces = [text]
@@ -33,6 +33,8 @@ class Source:
         """Place in `_rest` of what is not yet taken."""
         self.over = over
         """No more will come."""
+        self.complete = False
+        """It is over because the model ended it; else it may have been cut anywhere."""
 
     def add(self, text: str) -> None:
         self._pieces.append(text)

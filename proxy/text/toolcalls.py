@@ -79,8 +79,8 @@ class CallParser(Protocol):
     def push(self, text: str) -> Parsed:
         """What is certain after so much more text."""
 
-    def flush(self) -> Parsed:
-        """The rest, when no text follows."""
+    def flush(self, *, complete: bool = False) -> Parsed:
+        """The rest, when no text follows. `complete`: the model has ended it, nothing was cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +181,7 @@ class MarkedParser:
     __slots__ = (
         "_buffer",
         "_calls",
+        "_complete",
         "_ends",
         "_functions",
         "_marks",
@@ -209,6 +210,7 @@ class MarkedParser:
         """White space and separators that are only passed on when text follows: around calls they are no text."""
         self._spoken = False
         """Text was passed on since the last call."""
+        self._complete = False
         self._ends = False
         """No more than what is pending will come."""
         self._over = False
@@ -227,8 +229,9 @@ class MarkedParser:
         self._pending += _parts(text)
         return self._parsed()
 
-    def flush(self) -> Parsed:
+    def flush(self, *, complete: bool = False) -> Parsed:
         self._ends = True
+        self._complete = complete
         parsed = self._parsed()
         if self.called:
             return parsed
@@ -255,8 +258,12 @@ class MarkedParser:
             return False
         self._over = True
         if self._source is not None:
-            self._source.over = True
+            self._end(self._source)
         return True
+
+    def _end(self, source: Source) -> None:
+        source.over = self._over
+        source.complete = self._over and self._complete
 
     def _advance(self, calls: list[ToolCall]) -> bool:
         """One step on; False when more text is needed for the next."""
@@ -309,7 +316,8 @@ class MarkedParser:
 
     def _begin(self, at: int) -> None:
         self._say(self._buffer[:at])
-        self._source = Source(self._buffer[at:], over=self._over)
+        self._source = Source(self._buffer[at:])
+        self._end(self._source)
         self._steps = self._marks.read(self._source, self._functions)
         self._buffer = ""
 

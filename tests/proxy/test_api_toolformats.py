@@ -220,6 +220,15 @@ def test_what_plain_values_cannot_say_is_refused_where_calls_are_enforced() -> N
     assert one.chat(tools=[WEATHER, tool])["choices"][0]["message"]["content"] == "hi"
 
 
+def test_a_forgotten_mark_is_forgiven_at_the_turns_end_and_not_at_the_limit() -> None:
+    output = SINGLE["glm45"].write(OSLO).removesuffix("</tool_call>")
+    one = api("glm45", output)
+    assert called(one.chat(tools=[WEATHER])["choices"][0]) == [OSLO]
+    limit = len(one.tokenizer.encode(output, add_special_tokens=False))
+    (choice,) = one.chat(tools=[WEATHER], max_tokens=limit)["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (output, "length")
+
+
 def test_the_operator_can_name_the_format() -> None:
     settings = ProxySettings(tool_call_parser="qwen25")
     one = Api(HERMES_WEATHER, settings=settings, max_model_len=4000)

@@ -55,9 +55,9 @@ ALL = [
 ]
 
 
-def fed(parser: CallParser, pieces: Iterable[str]) -> tuple[str, list[Call], str]:
+def fed(parser: CallParser, pieces: Iterable[str], *, complete: bool = False) -> tuple[str, list[Call], str]:
     """What an answer that came in pieces comes to."""
-    parts = [*(parser.push(piece) for piece in pieces), parser.flush()]
+    parts = [*(parser.push(piece) for piece in pieces), parser.flush(complete=complete)]
     calls = [call for part in parts for call in part.calls]
     assert [call.index for call in calls] == list(range(len(calls)))
     assert len({call.id for call in calls}) == len(calls)
@@ -72,15 +72,15 @@ def test_every_format_has_a_corpus() -> None:
 
 @pytest.mark.parametrize(("format", "case"), ALL)
 def test_whole_by_characters_and_in_random_pieces(format: ToolFormat, case: Case) -> None:
-    output = case.output
+    output, complete = case.output, case.complete
     expected = (case.text, case.calls, case.reasoning)
-    assert fed(format.parser(FUNCTIONS), [output]) == expected
-    assert fed(format.parser(FUNCTIONS), output) == expected
+    assert fed(format.parser(FUNCTIONS), [output], complete=complete) == expected
+    assert fed(format.parser(FUNCTIONS), output, complete=complete) == expected
     rng = random.Random(output)
     for _ in range(8):
         cuts = sorted(rng.randint(0, len(output)) for _ in range(rng.randint(0, 12)))
         pieces = [output[a:b] for a, b in zip([0, *cuts], [*cuts, len(output)], strict=True)]
-        assert fed(format.parser(FUNCTIONS), pieces) == expected
+        assert fed(format.parser(FUNCTIONS), pieces, complete=complete) == expected
 
 
 WEATHER = ("weather", {"city": "Oslo"})

@@ -17,6 +17,8 @@ class Case(NamedTuple):
     text: str
     calls: list[Call]
     reasoning: str = ""
+    complete: bool = False
+    """The model ended it."""
 
 
 def _function(accepts: Callable[[dict[str, Any]], bool] = lambda arguments: True, **properties: Any) -> Function:

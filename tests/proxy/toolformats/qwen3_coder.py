@@ -73,6 +73,11 @@ CASES = [
         "",
         [("save", {"text": "<tool_call>\n<function=weather>\n<parameter=city>\nOslo"})],
     ),
+    # closing marks forgotten, and not merely cut
+    Case(SINGLE.partition("</function>")[0], "", [OSLO], complete=True),
+    Case("<function=time>", "", [TIME], complete=True),
+    Case(SINGLE.partition("</function>")[0], SINGLE.partition("</function>")[0], []),
+    Case(SINGLE.partition("</parameter>")[0], SINGLE.partition("</parameter>")[0], [], complete=True),
     # malformed
     Case("<tool_call>\nnothing\n</tool_call>", "<tool_call>\nnothing\n</tool_call>", []),
     Case("<function=>\n</function>", "<function=>\n</function>", []),
