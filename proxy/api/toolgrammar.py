@@ -19,6 +19,8 @@ ANALYSIS = ("<|channel|>analysis<|message|>", "<|end|>", "<|start|>assistant")
 FINAL = "<|channel|>final<|message|>"
 MAX_DEPTH = 16
 """Of references and alternatives within a parameter."""
+MAX_VALUES = 1000
+"""Parameters and their alternatives, of all functions: each is looked into, and references multiply them."""
 OBJECT = frozenset({"type", "properties", "required", "additionalProperties", *ANNOTATIONS})
 TEXT = frozenset({"type", "minLength", "maxLength", *ANNOTATIONS})
 """What can be said of a plain text; `format` is an annotation to JSON schema."""
@@ -67,6 +69,7 @@ class _Rules:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._lines: list[str] = []
+        self._values = 0
         self.start = ""
 
     def text(self) -> str:
@@ -141,8 +144,9 @@ class _Rules:
 
     def _pair_value(self, function: Enforced, schema: Any, call: PairsCall, depth: int) -> str:
         """A parameter's value and the mark behind it."""
-        if depth > MAX_DEPTH:
-            raise _unsaid(function, "such deep references")
+        self._values += 1
+        if depth > MAX_DEPTH or self._values > MAX_VALUES:
+            raise _unsaid(function, "such deep references, or so many values")
         if isinstance(schema, dict) and "$ref" in schema:
             schema = referred(schema["$ref"], function.schema)
             if schema is None:
@@ -157,7 +161,7 @@ class _Rules:
             return self._pair_literal(function, schema, call)
         if types is not None and "string" not in types:
             return f"{json_rule(_rooted(schema, function))} {self._spelled(call.edge + call.value[1])}"
-        parts = _alternatives(function, schema, types)
+        parts = _alternatives(function, schema, types, MAX_VALUES - self._values)
         if parts is None:
             return self._pair_text(function, schema, call)
         return f"({' | '.join(self._pair_value(function, part, call, depth + 1) for part in parts)})"
@@ -224,13 +228,17 @@ def _parameters(function: Enforced) -> list[tuple[str, Any, bool]]:
     return [(name, properties.get(name, {}), name in required) for name in names]
 
 
-def _alternatives(function: Enforced, schema: dict[str, Any], types: frozenset[str] | None) -> list[Any] | None:
+def _alternatives(
+    function: Enforced, schema: dict[str, Any], types: frozenset[str] | None, limit: int
+) -> list[Any] | None:
     """Of a value that may be a string; None: it is nothing but a string."""
     for keyword in ("anyOf", "oneOf"):
         parts = schema.get(keyword)
         if isinstance(parts, list):
             if other := schema.keys() - {"type", keyword, *ANNOTATIONS}:
                 raise _unsaid(function, f"alternatives with {min(other)[:80]}")
+            if len(parts) > limit:
+                raise _unsaid(function, "so many values")
             kinds = [types_of(part, function.schema) for part in parts]
             known = [kind for part in kinds for kind in part or ("string", "string")]
             if keyword == "oneOf" and len(set(known)) < len(known):

@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 
 from proxy.text.pythoncalls import python_literal
 from proxy.text.source import BLANKS, Malformed, Source, Steps
-from proxy.text.toolcalls import Found, Functions
+from proxy.text.toolcalls import Found, Function, Functions
 
 NAME = re.compile(r"[A-Za-z0-9_.-]*")
-MAX_STEPS = 200
+MAX_STEPS = 100
 """Through a schema in search of its types; one that refers to itself never ends."""
+UNKNOWN = Function({}, lambda arguments: False)
 
 Types = frozenset[str] | None
 """That a schema allows; None: any."""
@@ -52,8 +53,7 @@ class PairsCall:
         if self.name_end:
             yield from source.mark(self.name_end)
         yield from source.run(BLANKS)
-        function = functions.get(name)
-        schema = {} if function is None else function.parameters
+        function = functions.get(name, UNKNOWN)
         arguments: dict[str, Any] | None = {}
         while (yield from self._mark(source)) == self.key[0]:
             key = (yield from source.until(self.key[1])).strip()
@@ -63,7 +63,7 @@ class PairsCall:
             text = yield from self._value(source)
             try:
                 if arguments is not None:
-                    arguments[key] = typed(text, schema, key)
+                    arguments[key] = typed(text, function, key)
             except Malformed:
                 arguments = None  # no call, but what other values hold must not be looked at for one
         return [Found(name, arguments)]
@@ -92,14 +92,17 @@ class PairsCall:
         return value.removeprefix("\n").removesuffix("\n") if self.lines else value
 
 
-def typed(text: str, parameters: Mapping[str, Any], name: str) -> Any:
-    """The value that `text` is for this parameter. Raises `Malformed` when it is none.
+def typed(text: str, function: Function, name: str) -> Any:
+    """The value that `text` is for the parameter of this name. Raises `Malformed` when it is none.
 
     A string is the text as it is. Anything else is JSON, or Python, of whatever type: only a strict function's are
     checked. What can be read as no other type is a string if the schema allows one.
     """
-    properties = parameters.get("properties")
-    types = types_of(properties.get(name) if isinstance(properties, dict) else None, parameters)
+    if name not in function.types:
+        properties = function.parameters.get("properties")
+        schema = properties.get(name) if isinstance(properties, dict) else None
+        function.types[name] = types_of(schema, function.parameters)
+    types = function.types[name]
     text_allowed = types is None or "string" in types
     if types == frozenset({"string"}):
         return text
@@ -135,7 +138,7 @@ def _types(schema: Any, root: Mapping[str, Any], steps: list[int]) -> Types:
         return frozenset(map(type_of, schema["enum"]))
     for keyword in ("anyOf", "oneOf", "allOf"):
         parts = schema.get(keyword)
-        if isinstance(parts, list) and parts:
+        if isinstance(parts, list) and 0 < len(parts) <= steps[0]:
             found = [_types(part, root, steps) for part in parts]
             if keyword == "allOf":
                 return next((types for types in found if types is not None), None)

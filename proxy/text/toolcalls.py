@@ -15,7 +15,7 @@ import json
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from proxy.text.source import Malformed, Source, Steps
@@ -34,6 +34,8 @@ class Function:
     parameters: Mapping[str, Any]
     """The JSON schema of its arguments."""
     accepts: Accepts
+    types: dict[str, frozenset[str] | None] = field(default_factory=dict)
+    """The JSON types of its parameters, of those that were asked for; None: any."""
 
 
 Functions = Mapping[str, Function]

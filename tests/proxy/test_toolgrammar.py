@@ -324,6 +324,12 @@ def test_what_plain_values_cannot_be_held_to_is_refused(functions: list[Enforced
     assert (error.status, error.code, error.param) == (400, "invalid_schema", "tools.0.function.parameters")
 
 
+def test_references_that_multiply_are_given_up() -> None:
+    twice: Any = {"anyOf": [{"$ref": "#/$defs/d"}] * 50}
+    with pytest.raises(RequestError, match="so many values"):
+        calls_grammar(one_parameter(twice, more={"$defs": {"d": twice}}), QWEN, PLAIN.tokenizer, several=False)
+
+
 def test_python_has_no_name_for_some_parameters() -> None:
     with pytest.raises(RequestError, match="a b"):
         calls_grammar(one_parameter({"type": "string"}, "a b"), PYTHON, PLAIN.tokenizer, several=False)
