@@ -84,7 +84,7 @@ class ChoiceText:
         """Text without the calls in it. An answer that ends by itself after a call ends with `tool_calls`."""
         parsed = tools.push(text)
         if self.finish is not None:
-            parsed += tools.flush(complete=self.finish == "stop")
+            parsed += tools.flush(complete=self.finish == "stop" and not self._matched)
         if tools.done or (tools.called and self.finish == "stop"):
             self.finish = "tool_calls"
         return parsed

@@ -227,6 +227,8 @@ def test_a_forgotten_mark_is_forgiven_at_the_turns_end_and_not_at_the_limit() ->
     limit = len(one.tokenizer.encode(output, add_special_tokens=False))
     (choice,) = one.chat(tools=[WEATHER], max_tokens=limit)["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == (output, "length")
+    (choice,) = one.chat(tools=[WEATHER], stop="\n")["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("<tool_call>weather", "stop")
 
 
 def test_the_operator_can_name_the_format() -> None:
