@@ -73,6 +73,11 @@ class ProxySettings:
         "think, qwen3, deepseek_r1, mistral",
         "auto",
     )
+    tool_call_parser: str = _flag(
+        "how the model writes tool calls: auto (by its chat template) or a name such as hermes, "
+        "llama3_json, qwen3_coder",
+        "auto",
+    )
     max_body_bytes: int = _flag("largest request body", 10 << 20, minimum=1)
     max_concurrent_requests: int = _flag("requests in flight; more get 503", 2048, minimum=1)
     request_timeout: float = _flag("seconds one request may take", 600.0, above=0.0)

@@ -25,6 +25,7 @@ from proxy.generation import Dispatcher
 from proxy.grammars import GrammarCheck
 from proxy.metrics import ProxyMetrics
 from proxy.text.reasoning import reasoning_format
+from proxy.text.toolformats import tool_format
 
 KEEP_ALIVE_S = 15.0
 """Load balancers cut connections that are silent for a minute, some for 30 s."""
@@ -49,7 +50,7 @@ def create_app(
 
     `metrics.registry` takes what other parts of the proxy measure; `metrics_text` adds text in Prometheus' classic
     format instead. `door` is how a shutdown is announced: the caller keeps it, sets `door.draining` and waits for
-    `door.in_flight`. Raises `StartupError` for a `--reasoning-parser` that is not known.
+    `door.in_flight`. Raises `StartupError` for a `--reasoning-parser` or `--tool-call-parser` that is not known.
     """
     metrics = metrics or ProxyMetrics(model_name)
     door = door or Door(settings.max_concurrent_requests)
@@ -64,6 +65,7 @@ def create_app(
         GrammarCheck(tokenizer),
         (model_name, *aliases),
         reasoning_format(settings.reasoning_parser, tokenizer),
+        tool_format(settings.tool_call_parser, tokenizer),
     )
     app = FastAPI(
         title="kvmesh",

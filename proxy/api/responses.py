@@ -84,7 +84,7 @@ def responses_router(service: Service, store: ResponseStore, door: Door) -> APIR
         items = await conversation_items(store, body, ItemIds(new_response_id()))
         with own_names():
             chat = chat_body(body, items)
-            offered_tools(chat, service.tokenizer)
+            offered_tools(chat, service.tokenizer, service.tool_format)
             tokens = await prompt_tokens(service, chat, bounded=False)
         return json_response({"object": "response.input_tokens", "input_tokens": len(tokens)})
 

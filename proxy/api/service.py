@@ -19,11 +19,12 @@ from proxy.api import requestid
 from proxy.api.jsonbody import parse_object
 from proxy.api.sampling import context_length_exceeded
 from proxy.api.schemas import RequestBody, unknown_fields, validate
-from proxy.api.structured import Constraint, invalid_schema
+from proxy.api.structured import Constraint, invalid_schema, with_form
 from proxy.generation import Dispatcher, ModelFacts
 from proxy.grammars import GrammarCheck
 from proxy.metrics import ProxyMetrics
 from proxy.text.reasoning import ReasoningFormat
+from proxy.text.toolformats import ToolFormat
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class Service:
     """What clients may ask for: `model_name` and its aliases."""
     reasoning: ReasoningFormat | None
     """How the model writes what it thinks before it answers."""
+    tool_format: ToolFormat | None
+    """How the model writes calls."""
     unknown: set[str] = field(default_factory=set)
     """Names of body fields that the log already has."""
 
@@ -134,8 +137,10 @@ class Service:
         """What is asked of an output, as the workers get it. Raises `RequestError` 400 or 503."""
         if constraint is None:
             return None
+        form = await self.grammar(constraint.form)
+        grammar = constraint.grammar if form is None else with_form(constraint.grammar, form)
         try:
-            return await self.grammars.check(constraint.grammar, converts=constraint.converts)
+            return await self.grammars.check(grammar, converts=constraint.converts)
         except GrammarError as error:
             raise invalid_schema(constraint.param, str(error)) from None
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from proxy.text.detokenizer import Detokenizer
 from proxy.text.reasoning import ReasoningParser
 from proxy.text.stopstrings import StopStrings
-from proxy.text.toolcalls import ToolCall, ToolCallParser
+from proxy.text.toolcalls import CallParser, Parsed, ToolCall
 
 
 class Piece(NamedTuple):
@@ -47,7 +47,7 @@ class ChoiceText:
         self,
         detokenizer: Detokenizer,
         stops: StopStrings | None = None,
-        tools: ToolCallParser | None = None,
+        tools: CallParser | None = None,
         reasoning: ReasoningParser | None = None,
         *,
         hide_stop_token: bool = True,
@@ -97,10 +97,9 @@ class ChoiceText:
             reasoning += thought
             text += last
         self.finish = "stop" if self._matched else finish
-        calls: tuple[ToolCall, ...] = ()
-        if self._tools is not None:
-            text, calls = self._parsed(self._tools, text)
-        return Piece(text, len(offsets), self.finish, tuple(offsets), calls, reasoning, num_reasoning)
+        parsed = Parsed(text) if self._tools is None else self._parsed(self._tools, text)
+        reasoning += parsed.reasoning
+        return Piece(parsed.text, len(offsets), self.finish, tuple(offsets), parsed.calls, reasoning, num_reasoning)
 
     def _last(self, finish: str | None) -> tuple[str, str]:
         """Thinking and text that were held back, when no token follows."""
@@ -115,15 +114,14 @@ class ChoiceText:
         more_thought, more = self._reasoning.flush()
         return thought + more_thought, said + more
 
-    def _parsed(self, tools: ToolCallParser, text: str) -> tuple[str, tuple[ToolCall, ...]]:
+    def _parsed(self, tools: CallParser, text: str) -> Parsed:
         """Text without the calls in it. An answer that ends by itself after a call ends with `tool_calls`."""
-        said, calls = tools.push(text)
+        parsed = tools.push(text)
         if self.finish is not None:
-            rest, more = tools.flush()
-            said, calls = said + rest, calls + more
+            parsed += tools.flush(complete=self.finish == "stop" and not self._matched)
         if tools.done or (tools.called and self.finish == "stop"):
             self.finish = "tool_calls"
-        return said, calls
+        return parsed
 
     @property
     def _matched(self) -> bool:
