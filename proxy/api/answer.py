@@ -2,11 +2,11 @@
 
     waiting ──first chunk──▶ answering ──every choice finished──▶ complete
        │                         │
-       └── RequestError ──▶ HTTP status      └── RequestError ──▶ error event, [DONE]
+       └── RequestError ──▶ HTTP status      └── RequestError ──▶ the sink's failure
     any ──client gone──▶ aborted at the workers
 
 A stream's status is sent with its first byte: the first chunk's, or a comment's once the client has waited for
-`keep_alive_s`. From then on a failure is an error event.
+`keep_alive_s`. From then on a failure is told in the stream, as the endpoint's clients expect it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 from mesh.errors import RequestError
 from proxy.api.errors import internal_error
 from proxy.api.merge import Batch, merged
-from proxy.api.sse import Output, error_frames
+from proxy.api.sse import KEEP_ALIVE, Output, error_frames
 from proxy.generation import Chunk, Generation, Route
 from proxy.metrics import ProxyMetrics, RequestRecord
 from proxy.text.choice import ChoiceText, Piece
@@ -55,13 +55,22 @@ class Usage:
 
 
 class Sink(Protocol):
-    """Turns tokens into the bytes of one endpoint's answer."""
+    """Turns tokens into the bytes of one endpoint's answer; endpoints inherit from it."""
 
     def take(self, choice: int, chunk: Chunk, piece: Piece) -> bytes:
         """The frames for new tokens of a choice (a sink that collects returns none)."""
 
     def end(self, routes: Sequence[Route]) -> bytes:
         """What ends the answer: the last frames, or the whole document."""
+
+    def fail(self, error: RequestError) -> bytes:
+        """What ends a stream that cannot go on: clients take a plain end for success. An endpoint whose clients
+        expect another form overrides it; a failure before the first byte is an HTTP status and does not come here."""
+        return error_frames(error)
+
+    def idle(self) -> bytes:
+        """What a stream that is silent sends, so that nobody on the way cuts it."""
+        return KEEP_ALIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +133,7 @@ class Answer(Response):
             if done:
                 return work not in done
             if perf_counter() - output.last_write >= self._keep_alive_s:
-                await output.keep_alive()
+                await output.keep_alive(self._job.sink.idle())
 
     async def _answer(self, output: Output) -> None:
         try:
@@ -138,7 +147,7 @@ class Answer(Response):
                 known = internal_error()
             if not output.started:
                 raise known from None
-            await output.end(error_frames(known))
+            await output.end(self._job.sink.fail(known))
 
     async def _generate(self, output: Output) -> None:
         job = self._job

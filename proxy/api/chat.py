@@ -74,7 +74,7 @@ def chat_router(service: Service) -> APIRouter:
     return router
 
 
-class ChatStream:
+class ChatStream(Sink):
     """Frames: the role, text as it comes, calls when they are whole, the finish reason; for each choice."""
 
     def __init__(self, frames: Frames, shape: Shape) -> None:
@@ -114,7 +114,7 @@ class ChatStream:
         return self._frames.end(routes)
 
 
-class ChatDocument:
+class ChatDocument(Sink):
     """Collects every choice for one JSON answer."""
 
     def __init__(self, envelope: Envelope, shape: Shape, usage: Usage) -> None:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from mesh.errors import RequestError
-from proxy.api.answer import Usage
+from proxy.api.answer import Sink, Usage
 from proxy.api.chat import ROUTE_HEADER
 from proxy.api.errors import unsupported
 from proxy.api.frames import Envelope, Frames, json_response, rendered
@@ -211,7 +211,7 @@ def token_logprobs(
     return lists
 
 
-class CompletionStream:
+class CompletionStream(Sink):
     """Frames: the echoed prompt, text as it comes, the finish reason; for each choice."""
 
     def __init__(self, frames: Frames, shape: Shape) -> None:
@@ -251,7 +251,7 @@ class CompletionStream:
         return self._frames.end(routes)
 
 
-class CompletionDocument:
+class CompletionDocument(Sink):
     """Collects every choice for one JSON answer."""
 
     def __init__(self, envelope: Envelope, shape: Shape, usage: Usage) -> None:

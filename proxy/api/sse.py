@@ -56,12 +56,12 @@ class Output:
         """Sends the last `frames` and ends the stream."""
         await self._frames(frames, more=False)
 
-    async def keep_alive(self) -> None:
-        """Sends a comment, unless the client has not even taken what is being sent: the stream's end may be in it."""
+    async def keep_alive(self, frames: bytes) -> None:
+        """Sends `frames`, unless the client has not even taken what is being sent: the stream's end may be in it."""
         if self._writing:
             self.last_write = perf_counter()
         else:
-            await self._frames(KEEP_ALIVE, more=True)
+            await self._frames(frames, more=True)
 
     async def _frames(self, frames: bytes, *, more: bool) -> None:
         self.last_write = perf_counter()

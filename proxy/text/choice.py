@@ -23,6 +23,8 @@ class Piece:
     calls: tuple[ToolCall, ...] = ()
     reasoning: str = ""
     """What the model thought before its answer; comes before `text`."""
+    stop_string: str | None = None
+    """The client's stop string that ended the choice, if one did."""
 
 
 class ChoiceText:
@@ -80,7 +82,8 @@ class ChoiceText:
         calls: tuple[ToolCall, ...] = ()
         if self._tools is not None:
             text, calls = self._parsed(self._tools, text)
-        return Piece(text, len(offsets), self.finish, tuple(offsets), calls)
+        stop = None if self._stops is None else self._stops.matched
+        return Piece(text, len(offsets), self.finish, tuple(offsets), calls, stop_string=stop)
 
     def _parsed(self, tools: ToolCallParser, text: str) -> tuple[str, tuple[ToolCall, ...]]:
         """Text without the calls in it. An answer that ends by itself after a call ends with `tool_calls`."""
