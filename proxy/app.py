@@ -10,6 +10,7 @@ from starlette.middleware import Middleware
 from mesh import __version__
 from mesh.settings import ProxySettings
 from mesh.tokenizer import Tokenizer
+from proxy.api.anthropic import anthropic_router
 from proxy.api.chat import chat_router
 from proxy.api.completions import completions_router
 from proxy.api.door import Door
@@ -74,6 +75,7 @@ def create_app(
     for router in (
         chat_router(service),
         completions_router(service),
+        anthropic_router(service),
         tokenize_router(service),
         models_router(service),
         health_router(service, door, metrics_text),

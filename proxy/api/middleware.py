@@ -16,8 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mesh.errors import RequestError
 from proxy.api.answer import CLIENT_LEFT
+from proxy.api.anthropic_errors import speaks_anthropic
 from proxy.api.door import Door
-from proxy.api.errors import error_response, internal_error
+from proxy.api.errors import REQUEST_ID, error_response, internal_error
 from proxy.metrics import ProxyMetrics
 
 logger = logging.getLogger(__name__)
@@ -40,13 +41,17 @@ class Edge:
             return
         started = perf_counter()
         label = request_label(Headers(scope=scope).get("x-request-id"))
+        scope[REQUEST_ID] = label
+        id_headers = ["x-request-id", *(["request-id"] if speaks_anthropic(scope["path"]) else [])]
         status = 0
 
         async def labelled(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = label
+                headers = MutableHeaders(scope=message)
+                for name in id_headers:
+                    headers[name] = label
             await send(message)
 
         try:
@@ -57,7 +62,7 @@ class Edge:
             logger.exception("%s %s (%s) failed", scope["method"], handler_of(scope), label)
             if status:
                 raise  # too late for a status: the server cuts the connection
-            await error_response(internal_error())(scope, receive, labelled)
+            await error_response(internal_error(), scope)(scope, receive, labelled)
         finally:
             code = CLIENT_CLOSED if scope.get(CLIENT_LEFT) else status or 500
             self._metrics.observe_http(handler_of(scope), scope["method"], code, perf_counter() - started)
@@ -79,7 +84,7 @@ class Admission:
             self._door.enter()
         except RequestError as error:
             self._metrics.count_rejection("draining" if error.code == "draining" else "max_num_queued_reqs")
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)
@@ -100,7 +105,7 @@ class BodyLimit:
             return
         announced = Headers(scope=scope).get("content-length", "0")
         if announced.isdigit() and int(announced[:20]) > self._limit:
-            await error_response(self._too_large())(scope, receive, send)
+            await error_response(self._too_large(), scope)(scope, receive, send)
             return
         received = 0
 

@@ -1,0 +1,58 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API over the same conversations."""
+
+from __future__ import annotations
+
+import uuid
+from time import perf_counter
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from mesh.errors import RequestError
+from proxy.api.answer import Sink
+from proxy.api.anthropic_answer import Ending, MessageDocument, MessageStream
+from proxy.api.anthropic_request import chat_body, in_clients_words
+from proxy.api.anthropic_schemas import CountTokensBody, MessagesBody
+from proxy.api.conversation import prepare, prompt_tokens, respond
+from proxy.api.errors import REQUEST_ID
+from proxy.api.frames import json_response
+from proxy.api.schemas import openapi_body
+from proxy.api.service import Service
+from proxy.api.tools import offered_tools
+
+
+def anthropic_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/messages", openapi_extra=openapi_body(MessagesBody))
+    async def create_message(request: Request) -> Response:
+        """Answers a conversation in Anthropic's form, whole or as a stream of server-sent events."""
+        arrived = perf_counter()
+        body = await service.read(MessagesBody, request)
+        try:
+            asked = await prepare(service, chat_body(body))
+            id = f"msg_{uuid.uuid4().hex}"
+            usage = asked.usage()
+            ending = Ending(cut_by_context=asked.budget < body.max_tokens)
+            show = body.thinking is None or body.thinking.display != "omitted"
+            sink: Sink = MessageDocument(id, body.model, usage, ending, show_thinking=show)
+            if body.stream:
+                request_id = request.scope[REQUEST_ID]
+                sink = MessageStream(id, body.model, usage, ending, request_id, show_thinking=show)
+            return await respond(service, asked, id, arrived, sink, usage)
+        except RequestError as error:
+            raise in_clients_words(error) from None
+
+    @router.post("/v1/messages/count_tokens", openapi_extra=openapi_body(CountTokensBody))
+    async def count_message_tokens(request: Request) -> Response:
+        """How many tokens the prompt of such a message would have; of any length."""
+        body = await service.read(CountTokensBody, request)
+        try:
+            chat = chat_body(body)
+            offered_tools(chat, service.tokenizer)
+            tokens = await prompt_tokens(service, chat, bounded=False)
+        except RequestError as error:
+            raise in_clients_words(error) from None
+        return json_response({"input_tokens": len(tokens)})
+
+    return router
