@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
+from starlette.responses import Response
 
 from mesh import __version__
 from mesh.settings import ProxySettings
@@ -65,6 +66,9 @@ def create_app(
         # The interactive pages load scripts from elsewhere.
         docs_url=None,
         redoc_url=None,
+        # The routes declare their answers, and /openapi.json is one of them.
+        openapi_url=None,
+        default_response_class=Response,
         middleware=[
             Middleware(Edge, metrics=metrics),
             Middleware(Admission, door=door, metrics=metrics),

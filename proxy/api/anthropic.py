@@ -11,20 +11,25 @@ from starlette.responses import Response
 from mesh.errors import RequestError
 from proxy.api.answer import Sink
 from proxy.api.anthropic_answer import Ending, MessageDocument, MessageStream
+from proxy.api.anthropic_answer_schemas import COUNTED, ERROR, EVENT, MESSAGE
+from proxy.api.anthropic_errors import OVERLOADED
 from proxy.api.anthropic_request import chat_body, in_clients_words
 from proxy.api.anthropic_schemas import CountTokensBody, MessagesBody
 from proxy.api.conversation import prepare, prompt_tokens, respond
 from proxy.api.errors import REQUEST_ID
 from proxy.api.frames import json_response
-from proxy.api.schemas import openapi_body
+from proxy.api.openapi import GENERATES, READS_BODY, operation
 from proxy.api.service import Service
 from proxy.api.tools import offered_tools
+
+CREATE = operation(MessagesBody, answer=MESSAGE, events=EVENT, errors=(*GENERATES, OVERLOADED), error_schema=ERROR)
+COUNT = operation(CountTokensBody, answer=COUNTED, errors=(*READS_BODY, OVERLOADED), error_schema=ERROR)
 
 
 def anthropic_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/messages", openapi_extra=openapi_body(MessagesBody))
+    @router.post("/v1/messages", openapi_extra=CREATE)
     async def create_message(request: Request) -> Response:
         """Answers a conversation in Anthropic's form, whole or as a stream of server-sent events."""
         arrived = perf_counter()
@@ -43,7 +48,7 @@ def anthropic_router(service: Service) -> APIRouter:
         except RequestError as error:
             raise in_clients_words(error) from None
 
-    @router.post("/v1/messages/count_tokens", openapi_extra=openapi_body(CountTokensBody))
+    @router.post("/v1/messages/count_tokens", openapi_extra=COUNT)
     async def count_message_tokens(request: Request) -> Response:
         """How many tokens the prompt of such a message would have; of any length."""
         body = await service.read(CountTokensBody, request)

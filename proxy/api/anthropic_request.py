@@ -19,6 +19,7 @@ CHAT_NAMES = (
     (re.compile(r"(tools\.\d+)\.function\.parameters"), r"\1.input_schema"),
     (re.compile(r"(tools\.\d+)\.function"), r"\1"),
     (re.compile(r"tool_choice\.function"), "tool_choice"),
+    (re.compile(r"continue_final_message"), "An answer that continues the last message"),
 )
 """What a chat body's own checks call a field, and what the client called it."""
 
@@ -33,7 +34,10 @@ def chat_body(body: CountTokensBody) -> ChatBody:
         **_tool_choice(body.tool_choice),
         **_output(body),
     }
-    if messages[-1]["role"] == "assistant":
+    last = messages[-1]
+    if last["role"] == "assistant" and not last["content"]:
+        messages.pop()  # nothing is to be continued
+    elif last["role"] == "assistant":
         fields |= {"continue_final_message": True, "add_generation_prompt": False}
     if isinstance(body, MessagesBody):
         stops = stop_strings(body.stop_sequences, "stop_sequences")

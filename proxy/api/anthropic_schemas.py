@@ -9,64 +9,61 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from proxy.api.schemas import MAX_COUNT, RequestBody
+from proxy.api.schemas import MAX_COUNT, TEXT_PARTS_SCHEMA, RequestBody
 
 MIN_THINKING = 1024
 """Fewest `budget_tokens`, as at Anthropic."""
 
-TEXT_BLOCKS_SCHEMA = {
-    "type": "array",
-    "items": {
+TEXT_SCHEMA = {"anyOf": [{"type": "string"}, TEXT_PARTS_SCHEMA]}
+TEXT_BLOCK = TEXT_PARTS_SCHEMA["items"]
+RESULT_BLOCK = {
+    "type": "object",
+    "required": ["type", "tool_use_id"],
+    "properties": {
+        "type": {"const": "tool_result"},
+        "tool_use_id": {"type": "string"},
+        "content": TEXT_SCHEMA,
+        "is_error": {"type": "boolean"},
+    },
+}
+USE_BLOCK = {
+    "type": "object",
+    "required": ["type", "id", "name", "input"],
+    "properties": {
+        "type": {"const": "tool_use"},
+        "id": {"type": "string"},
+        "name": {"type": "string"},
+        "input": {"type": "object"},
+    },
+}
+THINKING_BLOCK = {
+    "type": "object",
+    "required": ["type", "thinking"],
+    "properties": {"type": {"const": "thinking"}, "thinking": {"type": "string"}},
+}
+REDACTED_BLOCK = {"type": "object", "required": ["type"], "properties": {"type": {"const": "redacted_thinking"}}}
+
+
+def _message_schema(role: str, *blocks: Any) -> dict[str, Any]:
+    return {
         "type": "object",
-        "required": ["type", "text"],
-        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-    },
-}
-TEXT_SCHEMA = {"anyOf": [{"type": "string"}, TEXT_BLOCKS_SCHEMA]}
-BLOCKS_SCHEMA = {
-    "type": "array",
-    "items": {
-        "anyOf": [
-            TEXT_BLOCKS_SCHEMA["items"],
-            {
-                "type": "object",
-                "required": ["type", "id", "name", "input"],
-                "properties": {
-                    "type": {"const": "tool_use"},
-                    "id": {"type": "string"},
-                    "name": {"type": "string"},
-                    "input": {"type": "object"},
-                },
-            },
-            {
-                "type": "object",
-                "required": ["type", "tool_use_id"],
-                "properties": {
-                    "type": {"const": "tool_result"},
-                    "tool_use_id": {"type": "string"},
-                    "content": TEXT_SCHEMA,
-                    "is_error": {"type": "boolean"},
-                },
-            },
-            {
-                "type": "object",
-                "required": ["type", "thinking"],
-                "properties": {"type": {"const": "thinking"}, "thinking": {"type": "string"}},
-            },
-            {"type": "object", "required": ["type"], "properties": {"type": {"const": "redacted_thinking"}}},
-        ]
-    },
-}
+        "required": ["role", "content"],
+        "properties": {
+            "role": {"const": role},
+            "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": list(blocks)}}]},
+        },
+    }
+
+
 MESSAGES_SCHEMA = {
     "type": "array",
     "minItems": 1,
     "items": {
-        "type": "object",
-        "required": ["role", "content"],
-        "properties": {
-            "role": {"enum": ["user", "assistant", "system"]},
-            "content": {"anyOf": [{"type": "string"}, BLOCKS_SCHEMA]},
-        },
+        "anyOf": [
+            _message_schema("user", TEXT_BLOCK, RESULT_BLOCK),
+            _message_schema("assistant", TEXT_BLOCK, USE_BLOCK, THINKING_BLOCK, REDACTED_BLOCK),
+            _message_schema("system", TEXT_BLOCK),
+        ]
     },
 }
 

@@ -176,6 +176,19 @@ def test_an_assistants_last_message_is_continued() -> None:
     assert prompt(api).endswith("<|im_start|>assistant\nwell")
 
 
+def test_an_assistants_empty_last_message_is_nothing_to_continue() -> None:
+    api, plain = Api(), Api()
+    message(api, messages=[*HI, {"role": "assistant", "content": []}])
+    message(plain)
+    assert api.sent.tokens == plain.sent.tokens
+
+
+def test_a_last_message_that_the_template_changes_is_refused_in_words_of_this_api() -> None:
+    api = Api(tokenizer=byte_level("{{ messages[-1].content | upper }}"))
+    text = refusal(api, messages=[*HI, {"role": "assistant", "content": "well"}])
+    assert text.startswith("An answer that continues the last message needs")
+
+
 def test_calls_results_and_thoughts_of_earlier_turns_reach_the_template() -> None:
     template = (
         "{% for m in messages %}[{{ m.role }} {{ m.content }}"
