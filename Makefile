@@ -1,6 +1,7 @@
 # make up    install into .venv and serve the demo model     (MODEL=DIR and FLAGS='--decode 2' change that)
 # make test  the same set-up, then all tests
 # make lint  ruff and mypy
+# make fuzz  20,000 requests drawn from the API's own description
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.kvmesh-installed
 INSTALLED_DEV := $(VENV)/.kvmesh-installed-dev
 
-.PHONY: up test lint clean
+.PHONY: up test lint fuzz clean
 
 up: $(INSTALLED)
 	$(BIN)/kvmesh up $(FLAGS) $(MODEL)
@@ -24,6 +25,9 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(INSTALLED_DEV)
+	$(BIN)/python -m tests.fuzz --requests 20000
 
 clean:
 	rm -rf $(VENV)
