@@ -66,7 +66,8 @@ def _block(block: Any, role: str, where: str) -> Block:
     failed = block.get("is_error")
     if not isinstance(failed, bool | None):
         raise RequestError(400, f"{where}.is_error must be true or false.", param=f"{where}.is_error")
-    text = _text(block.get("content") or "", f"{where}.content")
+    content = block.get("content")
+    text = "" if content is None else _text(content, f"{where}.content")
     return {**block, "content": ERROR_PREFIX + text if failed else text}
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from jsonschema import Draft202012Validator
 
 EVENTS = "text/event-stream"
+LAST_EVENTS = {"/v1/messages": ("message_stop", "error")}
+"""What ends a stream that does not end with `[DONE]`."""
 ERROR_KEYS = {"message", "type", "param", "code"}
 
 
@@ -60,12 +62,12 @@ class Description:
             return "the stream ends within an event"
         lines = body.decode().split("\n")
         data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
-        openai = not where[1].startswith("/v1/messages")
-        if openai and data.pop() != "[DONE]":
+        last = LAST_EVENTS.get(where[1])
+        if last is None and data.pop() != "[DONE]":
             return "the stream does not end with [DONE]"
         events = [json.loads(line) for line in data]
-        if not openai and events[-1]["type"] not in ("message_stop", "error"):
-            return "the stream ends without message_stop"
+        if last is not None and events[-1]["type"] not in last:
+            return f"the stream does not end with {' or '.join(last)}"
         return next((found for e in events if (found := self._mismatch(where, "x-itemSchema", e))), None)
 
     def _mismatch(self, where: tuple[str, ...], key: str, value: Any) -> str | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.fuzz.description import Description
@@ -18,6 +19,16 @@ WRONG: tuple[Any, ...] = (None, True, False, [], {}, [[]], [None], {"a": 1}, {""
 NAMES = ("unheard_of", "", "kv_transfer_params", "suffix", "chat_template", "guided_json", "__proto__", "é")
 METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE", "BREW")
 MEDIA_TYPES = ("", "text/plain", "application/xml", "multipart/form-data", "application/x-www-form-urlencoded", "é")
+HEADERS = (
+    ("x-request-id", "mine"),
+    ("x-request-id", "é" * 300),
+    ("x-kvmesh-route", "1"),
+    ("accept", "application/openmetrics-text"),
+    ("content-length", "999999999"),
+    ("content-length", "many"),
+    ("anthropic-version", "2023-06-01"),
+    ("authorization", "Bearer x"),
+)
 OPTIONAL = 0.06
 """How often at least an object has an optional field: with all of a body's nothing is accepted."""
 FEW = 3
@@ -37,6 +48,8 @@ class Request:
     media_type: str = JSON
     valid: bool = False
     """By its schema."""
+    headers: tuple[tuple[str, str], ...] = ()
+    """Beside the media type's."""
 
 
 class Generator:
@@ -49,6 +62,10 @@ class Generator:
         self._models = models
 
     def request(self) -> Request:
+        headers = (self._random.choice(HEADERS),) if self._random.random() < ODD else ()
+        return replace(self._request(), headers=headers)
+
+    def _request(self) -> Request:
         chance = self._random.random()
         if chance < 0.1:
             return self._bare()
@@ -74,7 +91,7 @@ class Generator:
         path = self._random.choice([path for _, path, _ in self._operations] + ["/", "/v1", "/v1/messages/x", "/é"])
         name = self._random.choice((*self._models, "x", "a/b", "%00", "..", "é"))
         method = self._random.choice(METHODS) if self._random.random() < 0.6 else "GET"
-        return Request(method, path, path.replace("{model_id}", name), media_type="")
+        return Request(method, path, re.sub(r"\{\w+\}", name, path), media_type="")
 
     def value(self, schema: dict[str, Any]) -> Any:
         """One that `schema` allows."""

@@ -39,6 +39,8 @@ DYING = reply("abcdef", fail_at=2, error=RequestError(503, "The worker was lost.
 @dataclass(slots=True)
 class Report:
     statuses: Counter[int] = field(default_factory=Counter)
+    served: Counter[str] = field(default_factory=Counter)
+    """How often each path answered 200."""
     failures: list[str] = field(default_factory=list)
 
 
@@ -92,7 +94,7 @@ class Target:
             else:
                 parts.append(message.get("body", b""))
 
-        headers = [(b"host", b"test")]
+        headers = [(b"host", b"test"), *((name.encode(), value.encode()) for name, value in request.headers)]
         if request.media_type:
             headers.append((b"content-type", request.media_type.encode()))
         scope = {
@@ -124,6 +126,7 @@ async def fuzz(requests: int, seed: int) -> Report:
         target.enter(state)
         answer = await target.send(request)
         report.statuses[answer.status] += 1
+        report.served[request.path] += answer.status == 200
         found = complaint(description, request, answer, state)
         if found is None and target.door.in_flight != (LIMIT if state == "full" else 0):
             found = "the request never left the door"
@@ -144,7 +147,7 @@ def complaint(description: Description, request: Request, answer: Answer, state:
     item = description.paths.get(request.path)
     if item is not None and request.method.lower() in item:
         return description.complaint(request.method, request.path, answer)
-    expected = {404 if item is None else 405}
+    expected = {404 if item is None else 405, 413}
     if request.method == "POST" and state in ("draining", "full"):
         expected = {503, 529}
     if answer.status not in expected:

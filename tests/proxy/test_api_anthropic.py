@@ -330,7 +330,7 @@ def assistant(*blocks: Any) -> list[Any]:
             {"messages": user({"type": "tool_result", "tool_use_id": "t", "is_error": 1})},
             "messages.0.content.0.is_error",
         ),
-        ({"messages": user({"type": "tool_result", "tool_use_id": "t", "content": 1})}, "messages.0.content.0.content"),
+        ({"messages": user({"type": "tool_result", "tool_use_id": "t", "content": 0})}, "messages.0.content.0.content"),
         ({"messages": user({"type": "thinking", "thinking": "x"})}, "messages.0.content.0.type"),
         ({"messages": assistant({"type": "tool_use", "id": "t", "name": "f", "input": []})}, "content.0.input"),
         ({"messages": assistant({"type": "tool_use", "id": "t", "name": "f", "input": {}})}, "tool_result"),
