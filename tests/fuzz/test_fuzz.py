@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.fuzz.run import MODELS, Target, complaint, fuzz
 REQUESTS = 750
 
 
+@cache
 def described() -> Description:
     answer = asyncio.run(Target().send(Request("GET", "", "/openapi.json")))
     return Description(json.loads(answer.body))

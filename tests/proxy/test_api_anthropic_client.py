@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import anthropic
@@ -134,14 +133,14 @@ def test_parse_gives_the_model_that_was_asked_for() -> None:
 
 @pytest.fixture
 def thinking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every letter up to the first space is a thought."""
+    """The first two tokens are a thought."""
     plain = ChoiceText.push
 
     def push(choice: ChoiceText, tokens: Sequence[int], finish: str | None) -> Piece:
         piece = plain(choice, tokens, finish)
         if choice.num_tokens > 2:
             return piece
-        return replace(piece, text="", reasoning=piece.text)
+        return Piece("", piece.num_tokens, piece.finish, piece.offsets, piece.calls, reasoning=piece.text)
 
     monkeypatch.setattr(ChoiceText, "push", push)
 
