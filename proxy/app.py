@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
+from starlette.responses import Response
 
 from mesh import __version__
 from mesh.settings import ProxySettings
 from mesh.tokenizer import Tokenizer
+from proxy.api.anthropic import anthropic_router
 from proxy.api.chat import chat_router
 from proxy.api.completions import completions_router
 from proxy.api.door import Door
@@ -73,6 +75,9 @@ def create_app(
         # The interactive pages load scripts from elsewhere.
         docs_url=None,
         redoc_url=None,
+        # The routes declare their answers, and /openapi.json is one of them.
+        openapi_url=None,
+        default_response_class=Response,
         middleware=[
             Middleware(Edge, metrics=metrics),
             Middleware(Admission, door=door, metrics=metrics),
@@ -84,6 +89,7 @@ def create_app(
         chat_router(service),
         completions_router(service),
         responses_router(service, responses or MemoryStore(settings.response_ttl), door),
+        anthropic_router(service),
         tokenize_router(service),
         models_router(service),
         health_router(service, door, metrics_text),

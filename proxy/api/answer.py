@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from mesh.errors import RequestError, internal_error
 from proxy.api.merge import Batch, merged
-from proxy.api.sse import Output, error_frames
+from proxy.api.sse import KEEP_ALIVE, Output, error_frames
 from proxy.generation import Chunk, Generation, Route
 from proxy.metrics import ProxyMetrics, RequestRecord
 from proxy.text.choice import ChoiceText, Piece
@@ -84,6 +84,10 @@ class Sink(Protocol):
         """What ends a stream that cannot go on: clients take a plain end for success. An endpoint whose clients
         expect another form overrides it; a failure before the first byte is an HTTP status and does not come here."""
         return error_frames(error)
+
+    def idle(self) -> bytes:
+        """What a stream that is silent sends, so that nobody on the way cuts it."""
+        return KEEP_ALIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +153,7 @@ class Answer(Response):
             if done:
                 return work not in done
             if perf_counter() - output.last_write >= self._keep_alive_s:
-                await output.keep_alive()
+                await output.keep_alive(self._job.sink.idle())
 
     async def _answer(self, output: Output) -> None:
         try:

@@ -25,6 +25,8 @@ class Piece(NamedTuple):
     """What the model thought before its answer; comes before `text`."""
     num_reasoning_tokens: int = 0
     """How many of the tokens belong to the thinking, its marks included."""
+    stop_string: str | None = None
+    """The client's stop string that ended the choice, if one did."""
 
 
 class ChoiceText:
@@ -99,7 +101,10 @@ class ChoiceText:
         self.finish = "stop" if self._matched else finish
         parsed = Parsed(text) if self._tools is None else self._parsed(self._tools, text)
         reasoning += parsed.reasoning
-        return Piece(parsed.text, len(offsets), self.finish, tuple(offsets), parsed.calls, reasoning, num_reasoning)
+        stop = None if self._stops is None else self._stops.matched
+        return Piece(
+            parsed.text, len(offsets), self.finish, tuple(offsets), parsed.calls, reasoning, num_reasoning, stop
+        )
 
     def _last(self, finish: str | None) -> tuple[str, str]:
         """Thinking and text that were held back, when no token follows."""
