@@ -43,6 +43,14 @@ class Description:
                 content = operation.get("requestBody", {}).get("content", {})
                 yield method.upper(), path, content.get("application/json", {}).get("schema", {})
 
+    def is_of_another(self, method: str, path: str) -> bool:
+        """Whether another operation takes the path for one of its own, with a name in it."""
+        return any(
+            method.lower() in item and re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", other), path)
+            for other, item in self.paths.items()
+            if "{" in other
+        )
+
     def complaint(self, method: str, path: str, answer: Answer) -> str | None:
         """What is wrong with the answer of a declared operation; None if nothing is. `path`: as it is declared."""
         responses = self.paths[path][method.lower()]["responses"]

@@ -162,7 +162,7 @@ def complaint(description: Description, request: Request, answer: Answer, state:
     item = description.paths.get(request.path)
     if item is not None and request.method.lower() in item:
         return description.complaint(request.method, request.path, answer)
-    expected = {404 if item is None else 405, 413}
+    expected = {404 if item is None or description.is_of_another(request.method, request.path) else 405, 413}
     if request.method == "POST" and state in ("draining", "full"):
         expected = {503, 529}
     if answer.status not in expected:
