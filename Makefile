@@ -2,7 +2,7 @@
 # make test  the same set-up, then all tests
 # make lint  ruff and mypy
 # make test-clients   other people's clients (langchain, guidellm, aiperf, lm-eval), each in an environment of its own
-# make fuzz  20,000 requests drawn from the API's own description
+# make fuzz  20,000 requests drawn from the API's own description, and as many to a real service
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -39,6 +39,7 @@ lint: $(INSTALLED_DEV)
 
 fuzz: $(INSTALLED_DEV)
 	$(BIN)/python -m tests.fuzz --requests 20000
+	$(BIN)/python -m tests.fuzz --requests 20000 --seed 1 --service
 
 clean:
 	rm -rf $(VENV)

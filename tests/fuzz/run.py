@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import unquote
 
 from fastapi import FastAPI
@@ -48,8 +48,29 @@ class Report:
     failures: list[str] = field(default_factory=list)
 
 
+class Serves(Protocol):
+    """What requests are sent to."""
+
+    states: tuple[str, ...]
+    """In which it can be put, beside `ready`."""
+    limit: int
+    """Requests in flight while it is full."""
+    model: str
+
+    def enter(self, state: str) -> None: ...
+
+    async def settled(self, in_flight: int) -> bool:
+        """Waits for what goes on after an answer, and whether just so many are in flight then."""
+
+    async def send(self, request: Request) -> Answer: ...
+
+
 class Target:
     """The application in a state that can be changed."""
+
+    states: tuple[str, ...] = STATES
+    limit: int = LIMIT
+    model: str = MODEL
 
     def __init__(self) -> None:
         self.dispatcher = FakeDispatcher(self._script, max_model_len=MAX_MODEL_LEN)
@@ -76,12 +97,13 @@ class Target:
         self.door.draining = state == "draining"
         self.door.in_flight = LIMIT if state == "full" else 0
 
-    async def settle(self, in_flight: int) -> None:
+    async def settled(self, in_flight: int) -> bool:
         """Lets responses in the background end."""
         for _ in range(TURNS):
             if self.door.in_flight == in_flight:
-                return
+                return True
             await asyncio.sleep(0)
+        return False
 
     async def send(self, request: Request) -> Answer:
         """The whole answer; the client stays until it is there."""
@@ -125,31 +147,34 @@ class Target:
         return Answer(answer.status, answer.headers, b"".join(parts))
 
 
-async def fuzz(requests: int, seed: int) -> Report:
+async def fuzz(requests: int, seed: int, target: Serves | None = None) -> Report:
     """Every failure is one line that names the request."""
-    target, report = Target(), Report()
+    report = Report()
+    if target is None:
+        target = Target()
     document = json.loads((await target.send(Request("GET", "", "/openapi.json"))).body)
     validate(document)
     description = Description(document)
-    generator = Generator(description, seed, MODELS)
+    generator = Generator(description, seed, (*[target.model] * 5, "other"))
     for number in range(requests):
         request = generator.request()
-        state = STATES[number // EVERY % len(STATES)] if number % EVERY == 0 else "ready"
+        states = target.states if number % EVERY == 0 else ()
+        state = states[number // EVERY % len(states)] if states else "ready"
         target.enter(state)
         answer = await target.send(request)
-        await target.settle(LIMIT if state == "full" else 0)
+        left = await target.settled(target.limit if state == "full" else 0)
         if request.path == RESPONSES and answer.status == 200:
             generator.response_ids += re.findall(rb"resp_[0-9a-f]+", answer.body)[0].decode().split()
         report.statuses[answer.status] += 1
         report.served[request.path] += answer.status == 200
         found = complaint(description, request, answer, state)
-        if found is None and target.door.in_flight != (LIMIT if state == "full" else 0):
+        if found is None and not left:
             found = "the request never left the door"
         if found is not None:
             sent = f"{request.method} {request.url} ({state}) {request.media_type!r} {request.body[:600]!r}"
             report.failures.append(f"{number}: {sent}: {found}")
     target.enter("ready")
-    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}).encode()
+    body = json.dumps({"model": target.model, "messages": [{"role": "user", "content": "hi"}]}).encode()
     if (await target.send(Request("POST", CHAT, CHAT, body))).status != 200:
         report.failures.append("the server serves no more")
     return report

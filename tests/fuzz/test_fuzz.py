@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.fuzz.__main__ import fuzzed_service
 from tests.fuzz.description import Answer, Description
 from tests.fuzz.generate import Generator, Request
 from tests.fuzz.run import MODELS, Target, complaint, fuzz
@@ -70,3 +71,9 @@ def test_the_fuzzer_notices(answer: Answer, state: str, found: str | None) -> No
     path = "/v1/chat/completions"
     noticed = complaint(described(), Request("POST", path, path), answer, state)
     assert noticed is None if found is None else found in (noticed or "")
+
+
+def test_a_real_service_lives_through_it() -> None:
+    report = fuzzed_service(250, 4)
+    assert report.failures == []
+    assert report.statuses[200] > 30
