@@ -125,7 +125,12 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         output = Output(send)
         pipe = scope.get(PIPE)
-        if pipe is not None and self._job.stream and len(self._job.choices) == 1 and self._job.choices[0].plain:
+        if (
+            pipe is not None
+            and self._job.stream
+            and len(self._job.choices) == 1
+            and self._job.choices[0].only_engine_ends
+        ):
             self._job.generations[0].offer(partial(self._pass_on, output, pipe))
         work = asyncio.create_task(self._answer(output))
         gone = asyncio.create_task(disconnected(receive))

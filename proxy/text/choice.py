@@ -37,12 +37,13 @@ class ChoiceText:
         "_detokenizer",
         "_hide_stop_token",
         "_min_tokens",
+        "_plain",
         "_reasoning",
         "_stops",
         "_tools",
         "finish",
         "num_tokens",
-        "plain",
+        "only_engine_ends",
     )
 
     def __init__(
@@ -66,14 +67,16 @@ class ChoiceText:
         self._hide_stop_token = hide_stop_token
         self._min_tokens = min_tokens
         self._decoded = start
-        self.plain = stops is None and tools is None and reasoning is None
-        """Every token's text is the choice's as it is; only the engine ends it."""
+        self._plain = stops is None and tools is None and reasoning is None
+        """Every token's text is the choice's as it is."""
+        self.only_engine_ends = stops is None and not (tools is not None and tools.may_be_done)
+        """No text ends it."""
         self.num_tokens = 0
         self.finish: str | None = None
 
     def push(self, tokens: Sequence[int], finish: str | None) -> Piece:
         """`finish`: what the engine says of the last of `tokens`."""
-        if self.plain and finish is None and len(tokens) == 1:  # nearly always
+        if self._plain and finish is None and len(tokens) == 1:  # nearly always
             self.num_tokens += 1
             offset, new = self._decoded, self._detokenizer.push(tokens[0])
             self._decoded += len(new)

@@ -47,6 +47,10 @@ class HarmonyParser:
     def done(self) -> bool:
         return self._list.done
 
+    @property
+    def may_be_done(self) -> bool:
+        return self._list.may_be_done
+
     def push(self, text: str) -> Parsed:
         self._source.add(text)
         return self._parsed()

@@ -78,6 +78,10 @@ class CallParser(Protocol):
     def done(self) -> bool:
         """Nothing that follows belongs to the answer."""
 
+    @property
+    def may_be_done(self) -> bool:
+        """`done` can come true: the first call ends the answer."""
+
     def push(self, text: str) -> Parsed:
         """What is certain after so much more text."""
 
@@ -123,6 +127,10 @@ class CallList:
     @property
     def done(self) -> bool:
         return bool(self._ids) and not self._parallel
+
+    @property
+    def may_be_done(self) -> bool:
+        return not self._parallel
 
     def add(self, found: Sequence[Found]) -> tuple[ToolCall, ...]:
         """The calls that these are; none unless all of them are calls."""
@@ -185,6 +193,7 @@ class MarkedParser:
         "_calls",
         "_complete",
         "_ends",
+        "_first_letters",
         "_functions",
         "_marks",
         "_over",
@@ -199,6 +208,7 @@ class MarkedParser:
     def __init__(self, marks: Marks, functions: Functions, *, parallel: bool = True) -> None:
         """Not `parallel`: the first call ends the answer."""
         self._marks = marks
+        self._first_letters = {mark[0] for mark in (*marks.opening, *marks.after, *marks.between)}
         self._functions = functions
         self._calls = CallList(functions, marks.make_id, parallel=parallel)
         self._pending: deque[str] = deque()
@@ -227,7 +237,13 @@ class MarkedParser:
     def done(self) -> bool:
         return self._calls.done
 
+    @property
+    def may_be_done(self) -> bool:
+        return self._calls.may_be_done
+
     def push(self, text: str) -> Parsed:
+        if self._spoken and not self._buffer and self._source is None and self._first_letters.isdisjoint(text):
+            return Parsed(text)  # nearly always: no mark can begin in it
         self._pending += _parts(text)
         return self._parsed()
 
