@@ -9,6 +9,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from mesh import __version__
+from mesh.apikeys import read_keys
 from mesh.settings import ProxySettings
 from mesh.tokenizer import Tokenizer
 from proxy.api.anthropic import anthropic_router
@@ -17,6 +18,7 @@ from proxy.api.completions import completions_router
 from proxy.api.door import Door
 from proxy.api.errors import install_error_handlers
 from proxy.api.health import health_router
+from proxy.api.keys import Keys
 from proxy.api.middleware import Admission, BodyLimit, Edge
 from proxy.api.models import models_router
 from proxy.api.responses import responses_router
@@ -52,7 +54,8 @@ def create_app(
 
     `metrics.registry` takes what other parts of the proxy measure; `metrics_text` adds text in Prometheus' classic
     format instead. `door` is how a shutdown is announced: the caller keeps it, sets `door.draining` and waits for
-    `door.in_flight`. Raises `StartupError` for a `--reasoning-parser` or `--tool-call-parser` that is not known.
+    `door.in_flight`. Raises `StartupError` for a `--reasoning-parser` or `--tool-call-parser` that is not
+    known, and for an `--api-key-file` without keys.
     """
     metrics = metrics or ProxyMetrics(model_name)
     door = door or Door(settings.max_concurrent_requests)
@@ -80,6 +83,7 @@ def create_app(
         default_response_class=Response,
         middleware=[
             Middleware(Edge, metrics=metrics),
+            Middleware(Keys, keys=read_keys(settings.api_key_file) if settings.api_key_file else ()),
             Middleware(Admission, door=door, metrics=metrics),
             Middleware(BodyLimit, limit=settings.max_body_bytes),
         ],

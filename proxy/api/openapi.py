@@ -21,6 +21,7 @@ EVENT_SCHEMA = "x-itemSchema"
 
 ERRORS = {
     400: "The request is wrong, or asks for what is not served.",
+    401: "The server wants a key, and this is none of its.",
     404: "No model of that name is served.",
     405: "The path does not have this method.",
     408: "The body did not arrive in time.",
@@ -30,7 +31,7 @@ ERRORS = {
     504: "It could not be completed in time.",
     529: "The server is overloaded.",
 }
-ALWAYS = (405, 413, 500)
+ALWAYS = (401, 405, 413, 500)
 """What any operation can answer."""
 READS_BODY = (400, 404, 408, 503)
 """What one adds that reads a body, which has a model's name, and is counted by the door."""

@@ -14,7 +14,7 @@ from tests.proxy.api_client import CHAT, COMPLETIONS, MODEL, Api
 from tests.proxy.test_api_tools import CALL, HERMES, WEATHER
 from tests.proxy.tiny_tokenizer import byte_level
 
-ALWAYS = {"200", "405", "413", "500"}
+ALWAYS = {"200", "401", "405", "413", "500"}
 READS = {"400", "404", "408", "503"}
 STATUSES = {
     ("post", "/v1/chat/completions"): READS | {"504"},
