@@ -46,7 +46,8 @@ class Asked:
     """None: no part of the output is thinking."""
 
     def usage(self) -> Usage:
-        return Usage(prompt_tokens=len(self.tokens), reasoning_tokens=None if self.reasoning is None else 0)
+        counted = self.reasoning is not None and self.reasoning.delivery is not None
+        return Usage(prompt_tokens=len(self.tokens), reasoning_tokens=0 if counted else None)
 
 
 async def prepare(service: Service, body: ChatBody) -> Asked:
