@@ -79,6 +79,7 @@ class ProxySettings:
         "auto",
     )
     api_key_file: str = _flag("file with an API key per line, of which clients must send one (default: none)", "")
+    tenants: str = _flag("TOML file of tenants: their keys, models and limits (default: none)", "")
     max_body_bytes: int = _flag("largest request body", 10 << 20, minimum=1)
     max_concurrent_requests: int = _flag("requests in flight; more get 503", 2048, minimum=1)
     request_timeout: float = _flag("seconds one request may take", 600.0, above=0.0)

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from mesh import __version__
 from mesh.apikeys import read_keys
+from mesh.errors import EXIT_USAGE, StartupError
 from mesh.settings import ProxySettings
 from mesh.tokenizer import Tokenizer
 from proxy.api.anthropic import anthropic_router
@@ -24,6 +25,7 @@ from proxy.api.models import models_router
 from proxy.api.responses import responses_router
 from proxy.api.responses_store import MemoryStore, ResponseStore
 from proxy.api.service import Service, unix_now
+from proxy.api.tenants import Tenant, read_tenants
 from proxy.api.tokenize import tokenize_router
 from proxy.generation import Dispatcher
 from proxy.grammars import GrammarCheck
@@ -55,7 +57,7 @@ def create_app(
     `metrics.registry` takes what other parts of the proxy measure; `metrics_text` adds text in Prometheus' classic
     format instead. `door` is how a shutdown is announced: the caller keeps it, sets `door.draining` and waits for
     `door.in_flight`. Raises `StartupError` for a `--reasoning-parser` or `--tool-call-parser` that is not
-    known, and for an `--api-key-file` without keys.
+    known, and for an `--api-key-file` or `--tenants` file that is not what it should be.
     """
     metrics = metrics or ProxyMetrics(model_name)
     door = door or Door(settings.max_concurrent_requests)
@@ -83,7 +85,7 @@ def create_app(
         default_response_class=Response,
         middleware=[
             Middleware(Edge, metrics=metrics),
-            Middleware(Keys, keys=read_keys(settings.api_key_file) if settings.api_key_file else ()),
+            Middleware(Keys, known=_tenants(settings, service.model_names)),
             Middleware(Admission, door=door, metrics=metrics),
             Middleware(BodyLimit, limit=settings.max_body_bytes),
         ],
@@ -100,3 +102,11 @@ def create_app(
     ):
         app.include_router(router)
     return app
+
+
+def _tenants(settings: ProxySettings, served: Sequence[str]) -> Sequence[Tenant]:
+    if settings.tenants and settings.api_key_file:
+        raise StartupError("--tenants and --api-key-file exclude each other: a tenant has its own keys.", EXIT_USAGE)
+    if settings.tenants:
+        return read_tenants(settings.tenants, served)
+    return [Tenant(keys=read_keys(settings.api_key_file))] if settings.api_key_file else []

@@ -17,7 +17,7 @@ from collections.abc import MutableMapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any, Protocol
 
 from starlette.responses import Response
@@ -26,6 +26,7 @@ from starlette.types import Receive, Scope, Send
 from mesh.errors import RequestError, internal_error
 from proxy.api.merge import Batch, merged
 from proxy.api.sse import KEEP_ALIVE, Output, error_frames
+from proxy.api.tenants import Tenant
 from proxy.generation import Chunk, Generation, Route
 from proxy.metrics import ProxyMetrics, RequestRecord
 from proxy.text.choice import ChoiceText, Piece
@@ -104,6 +105,7 @@ class Job:
     choices: tuple[ChoiceText, ...]
     sink: Sink
     usage: Usage
+    tenant: Tenant
     stream: bool
     discard_output: bool = False
     """Only the prompt was asked for; the one token that the engine must generate is not part of the answer."""
@@ -140,6 +142,7 @@ class Answer(Response):
             else:
                 work.result()
         finally:
+            self._job.tenant.quota.end(self._job.usage.completion_tokens, monotonic())
             if self._open:
                 for generation in self._job.generations:
                     generation.abort("failed" if self._failed else "client_disconnected")
@@ -257,7 +260,7 @@ class Answer(Response):
         self._record.outcomes = [choice.finish or unfinished for choice in self._job.choices]
         self._record.prompt_tokens = self._job.usage.prompt_tokens
         self._record.completion_tokens = self._job.usage.completion_tokens
-        self._metrics.observe(self._record)
+        self._metrics.observe(self._record, self._job.tenant.name)
 
 
 async def disconnected(receive: Receive) -> None:

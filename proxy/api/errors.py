@@ -4,6 +4,7 @@ call have theirs."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 
 from fastapi import FastAPI, Request
@@ -45,7 +46,8 @@ def bounded(message: str) -> str:
 def error_headers(error: RequestError) -> dict[str, str]:
     headers = {}
     if error.retry_after is not None:
-        headers["retry-after"] = str(error.retry_after)
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+        headers["retry-after-ms"] = str(math.ceil(error.retry_after * 1000))
     if error.code in ("draining", "request_too_large") or error.status == 408:
         # Draining: the next request belongs to another proxy. Else: the rest of the body is not read.
         headers["connection"] = "close"

@@ -1,16 +1,18 @@
-"""API keys: who may use the proxy, where the operator has given any."""
+"""API keys: who may use the proxy, where the operator has given any, and for which tenant a request is served."""
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Sequence
 from hashlib import sha256
+from time import monotonic
 
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mesh.errors import RequestError
+from proxy.api import tenants
 from proxy.api.errors import error_response
+from proxy.api.tenants import Tenant
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 """What load balancers ask, who have no key."""
@@ -19,24 +21,35 @@ HEADERS = ("x-api-key", "api-key")
 
 
 class Keys:
-    """A middleware that lets only requests with one of `keys` through; without keys, all."""
+    """A middleware that lets only requests with a key of one of `known` through; without tenants, all."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, known: Sequence[Tenant]) -> None:
         self._app = app
-        self._digests = tuple(_digest(key) for key in keys)
+        # found by their digests, for which nobody can guess his way to a key from how long it takes
+        self._tenants = {_digest(key): tenant for tenant in known for key in tenant.keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        closed = self._digests and scope["type"] == "http" and scope["path"] not in OPEN_PATHS
-        if closed and not self._accepts(Headers(scope=scope)):
+        if not self._tenants or scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        tenant = self._tenants.get(_digest(_given(Headers(scope=scope))))
+        if tenant is None:
             error = RequestError(401, "A valid API key is needed.", code="invalid_api_key")
             await error_response(error, scope, {"www-authenticate": "Bearer"})(scope, receive, send)
             return
-        await self._app(scope, receive, send)
 
-    def _accepts(self, headers: Headers) -> bool:
-        """Every digest is compared whatever the others say, in time that does not depend on where they differ."""
-        given = _digest(_given(headers))
-        return any([hmac.compare_digest(given, digest) for digest in self._digests])
+        async def with_quota(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in tenant.quota.headers(monotonic()):
+                    headers[name] = value
+            await send(message)
+
+        outer = tenants.current.set(tenant)
+        try:
+            await self._app(scope, receive, with_quota)
+        finally:
+            tenants.current.reset(outer)
 
 
 def _given(headers: Headers) -> str:

@@ -22,10 +22,12 @@ EVENT_SCHEMA = "x-itemSchema"
 ERRORS = {
     400: "The request is wrong, or asks for what is not served.",
     401: "The server wants a key, and this is none of its.",
+    403: "This key may not use the model.",
     404: "No model of that name is served.",
     405: "The path does not have this method.",
     408: "The body did not arrive in time.",
     413: "The body is larger than the server takes.",
+    429: "This key's limit of requests or tokens is reached.",
     500: "A fault of the server.",
     503: "Now is no worker that could serve it, or the server takes no more requests.",
     504: "It could not be completed in time.",
@@ -33,11 +35,11 @@ ERRORS = {
 }
 ALWAYS = (401, 405, 413, 500)
 """What any operation can answer."""
-READS_BODY = (400, 404, 408, 503)
+READS_BODY = (400, 403, 404, 408, 503)
 """What one adds that reads a body, which has a model's name, and is counted by the door."""
-GENERATES = (*READS_BODY, 504)
+GENERATES = (*READS_BODY, 429, 504)
 """What one adds that needs workers."""
-TRY_AGAIN = (503, 529)
+TRY_AGAIN = (429, 503, 529)
 """With these comes `Retry-After`, mostly."""
 
 

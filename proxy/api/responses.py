@@ -30,6 +30,7 @@ from proxy.api.responses_store import Record, ResponseStore, new_response_id
 from proxy.api.responses_stream import ResponseDocument, ResponseSink, ResponseStream
 from proxy.api.schemas import validate
 from proxy.api.service import Service, unix_now
+from proxy.api.tenants import current
 from proxy.api.tools import offered_tools
 
 CANCEL_WAIT_S = 5.0
@@ -195,7 +196,7 @@ async def _in_background(
     sink = plan.stream()
     deadline = time() + service.settings.request_timeout
     queued = sink.document
-    record = Record(queued, plan.items, deadline)
+    record = Record(queued, plan.items, deadline, current.get().name)
     if plan.body.stream:
         background.check_room()
     door.enter()
@@ -243,7 +244,8 @@ class Kept(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def keeping(message: Message) -> None:
             if message["type"] == "http.response.body" and not message.get("more_body"):
-                await keep(self._store, Record(self._sink.document, self._items), new=True)
+                record = Record(self._sink.document, self._items, tenant=current.get().name)
+                await keep(self._store, record, new=True)
             await send(message)
 
         await self._answer(scope, receive, keeping)

@@ -20,6 +20,7 @@ from proxy.api.jsonbody import parse_object
 from proxy.api.sampling import context_length_exceeded
 from proxy.api.schemas import RequestBody, unknown_fields, validate
 from proxy.api.structured import Constraint, invalid_schema, with_form
+from proxy.api.tenants import current
 from proxy.generation import Dispatcher, ModelFacts
 from proxy.grammars import GrammarCheck
 from proxy.metrics import ProxyMetrics
@@ -72,8 +73,7 @@ class Service:
         if body.model_extra:
             requestid.adopt(request.scope, body.model_extra.get("request_id"))
             self.note_unknown(unknown_fields(body.model_extra))
-        if body.model is not None:
-            self.check_model(body.model)
+        self.check_model(body.model or self.model_name)
         return body
 
     def check_priority(self, priority: int | None) -> None:
@@ -102,8 +102,10 @@ class Service:
         return parse_object(body)
 
     def check_model(self, name: str) -> None:
+        """Raises `RequestError` 404, or 403 where it is not the tenant's to use."""
         if name not in self.model_names:
             raise RequestError(404, f"The model {name[:100]!r} does not exist.", code="model_not_found", param="model")
+        current.get().check_model(name)
 
     def facts(self) -> ModelFacts:
         """What the workers serve; raises `RequestError` 503 while there is none."""

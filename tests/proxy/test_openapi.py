@@ -15,26 +15,26 @@ from tests.proxy.test_api_tools import CALL, HERMES, WEATHER
 from tests.proxy.tiny_tokenizer import byte_level
 
 ALWAYS = {"200", "401", "405", "413", "500"}
-READS = {"400", "404", "408", "503"}
+READS = {"400", "403", "404", "408", "503"}
 STATUSES = {
-    ("post", "/v1/chat/completions"): READS | {"504"},
+    ("post", "/v1/chat/completions"): READS | {"429", "504"},
     ("post", "/v1/chat/completions/render"): READS,
-    ("post", "/v1/completions"): READS | {"504"},
+    ("post", "/v1/completions"): READS | {"429", "504"},
     ("post", "/v1/completions/render"): READS,
-    ("post", "/v1/messages"): READS | {"504", "529"},
+    ("post", "/v1/messages"): READS | {"429", "504", "529"},
     ("post", "/v1/messages/count_tokens"): READS | {"529"},
     ("post", "/tokenize"): READS,
     ("post", "/v1/tokenize"): READS,
     ("post", "/detokenize"): READS,
     ("post", "/v1/detokenize"): READS,
-    ("post", "/v1/responses"): READS | {"504"},
+    ("post", "/v1/responses"): READS | {"429", "504"},
     ("post", "/v1/responses/input_tokens"): READS,
     ("get", "/v1/responses/{response_id}"): {"400", "404", "503"},
     ("delete", "/v1/responses/{response_id}"): {"404", "503"},
     ("post", "/v1/responses/{response_id}/cancel"): {"400", "404", "503"},
     ("get", "/v1/responses/{response_id}/input_items"): {"400", "404", "503"},
     ("get", "/v1/models"): set(),
-    ("get", "/v1/models/{model_id}"): {"404"},
+    ("get", "/v1/models/{model_id}"): {"403", "404"},
     ("get", "/health"): set(),
     ("get", "/ready"): {"503"},
     ("get", "/version"): set(),
