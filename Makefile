@@ -2,6 +2,7 @@
 # make test  the same set-up, then all tests
 # make lint  ruff and mypy
 # make test-clients   other people's clients (langchain, guidellm, aiperf, lm-eval), each in an environment of its own
+# make fuzz  20,000 requests drawn from the API's own description, and as many to a real service
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ INSTALLED_DEV := $(VENV)/.kvmesh-installed-dev
 
 CLIENTS := $(patsubst tests/clients/requirements/%.txt,$(VENV)/clients/%,$(wildcard tests/clients/requirements/*.txt))
 
-.PHONY: up test test-clients lint clean
+.PHONY: up test test-clients fuzz lint clean
 
 up: $(INSTALLED)
 	$(BIN)/kvmesh up $(FLAGS) $(MODEL)
@@ -35,6 +36,10 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(INSTALLED_DEV)
+	$(BIN)/python -m tests.fuzz --requests 20000
+	$(BIN)/python -m tests.fuzz --requests 20000 --seed 1 --service
 
 clean:
 	rm -rf $(VENV)
