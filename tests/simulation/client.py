@@ -53,13 +53,18 @@ class Client:
                 raise Violation(f"{self.name} ended without a finish")
             self.outcome = "done"
 
+    @property
+    def waiting(self) -> bool:
+        """It has asked and its answer has not ended."""
+        return self.generation is not None and not self.outcome
+
     def hung_up(self, why: str) -> None:
         """The client is not there any more."""
         if not self.outcome:
             self.outcome = why
 
     def cancel(self) -> None:
-        if self.generation is not None and not self.outcome:
+        if self.generation is not None and self.waiting:
             self.read()
             self.generation.abort("the client left")
             self.hung_up("cancelled")
@@ -71,7 +76,9 @@ class Client:
         if index != got:
             raise Violation(f"{self.name}.{choice} gets token {index} where {got} is next")
         if tuple(self.expected[got : got + len(tokens)]) != tokens:
-            raise Violation(f"{self.name}.{choice} gets {tokens} at {got}, not {self.expected[got : got + len(tokens)]}")
+            raise Violation(
+                f"{self.name}.{choice} gets {tokens} at {got}, not {self.expected[got : got + len(tokens)]}"
+            )
         self._got[choice] = got + len(tokens)
         if finish is None:
             return

@@ -1,7 +1,7 @@
 """What goes wrong in one seed: a list of blows, and a fate for every message.
 
 The fate of a message is a function of the seed, its connection and its number there, and a blow is drawn before
-anything happens; so leaving one fault out leaves the others where they were, and a history can be shrunk.
+anything happens; so leaving one fault out leaves the others where they were, and a history can be shortened.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from engine.sim_engine import MASK, splitmix64
 
-HORIZON_S = 6.0
+HORIZON_S = 5.0
 """Nothing new goes wrong later."""
 KV_FATES = ("lose", "repeat", "overtake", "delay", "flip", "truncate")
-CONTROL_FATES = ("delay", "delay", "delay", "cut")
+CONTROL_FATES = ("delay",) * 31 + ("cut",)
 SCALE = 1 << 16
 
 
@@ -48,13 +48,15 @@ class Blow:
 
 
 class Faults:
-    """Draws faults, leaves out those in `without`, and notes those that were injected."""
+    """Draws faults, and notes those that were injected."""
 
-    def __init__(self, seed: int, rates: dict[str, float], without: Collection[str] = (), limit: int | None = None) -> None:
-        """`limit`: at most so many are injected."""
+    def __init__(
+        self, seed: int, rates: dict[str, float], only: Collection[str] | None = None, limit: int | None = None
+    ) -> None:
+        """`only`: names of faults, of which those that are drawn are injected; `limit`: at most so many are."""
         self._seed = splitmix64(seed)
         self._limits = {kind: int(rate * SCALE) for kind, rate in rates.items()}
-        self._without = frozenset(without)
+        self._only = only if only is None else frozenset(only)
         self.injected: list[str] = []
         self._limit = limit
         self.over = False
@@ -77,7 +79,10 @@ class Faults:
         return self._happens(str(blow))
 
     def _happens(self, name: str) -> bool:
-        if name in self._without or (self._limit is not None and len(self.injected) >= self._limit):
+        if self._only is not None:
+            if name not in self._only:
+                return False
+        elif self._limit is not None and len(self.injected) >= self._limit:
             return False
         self.injected.append(name)
         return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from engine.sim_engine import SimRunner
@@ -17,7 +17,7 @@ from tests.simulation.client import Client
 from tests.simulation.faults import HORIZON_S, Blow, Faults
 from tests.simulation.host import Host
 from tests.simulation.network import Network
-from tests.simulation.oracle import VOCAB, Oracle, Violation
+from tests.simulation.oracle import VOCAB, Oracle, Violation, answer
 from tests.simulation.plan import BLOCK_TOKENS, MAX_MODEL_LEN, Plan, RequestPlan, WorkerPlan
 from tests.simulation.proxy_host import ProxyHost
 from tests.simulation.scale import tiny
@@ -28,6 +28,8 @@ ANSWERED_S = 300.0
 """After the last fault every request ends within this."""
 QUIET_S = 260.0
 """After the last request nothing is held any more within this: the longest hold, then the longest memory."""
+CALM_QUIET_S = 1.5
+"""The same where nothing goes wrong: what is over is said at once, no lease or memory need lapse."""
 HEARTBEAT_S = 5.0
 """A connection of KV endpoints that carries nothing for so long is closed by ZeroMQ."""
 
@@ -46,12 +48,12 @@ class Report:
 
 
 class Simulation:
-    """One seed. `without`: names of faults to leave out."""
+    """One seed. `only`: names of the faults that may be injected; None: all."""
 
-    def __init__(self, plan: Plan, without: Collection[str] = (), history: list[str] | None = None) -> None:
+    def __init__(self, plan: Plan, only: Collection[str] | None = None, history: list[str] | None = None) -> None:
         self.plan = plan
         self.timeline = Timeline()
-        self.faults = Faults(plan.seed, plan.rates, without, limit=1 if plan.gentle else None)
+        self.faults = Faults(plan.seed, plan.rates, only, limit=1 if plan.gentle else None)
         self.network = Network(self.timeline, self.faults, history=history)
         self.workers: dict[str, WorkerHost] = {}
         self.proxies: dict[str, ProxyHost] = {}
@@ -64,10 +66,9 @@ class Simulation:
         model = SimRunner(1, BLOCK_TOKENS, VOCAB)
         self._layout = model.layout
         self._oracle = Oracle(model.layout, blockhash.root(model.digest, model.layout))
-        self._prompts: dict[str, tuple[int, ...]] = {}
 
     def run(self) -> Report:
-        with tiny(random.Random(self.plan.seed), self._layout.block_bytes):
+        with tiny(random.Random(self.plan.seed), self._layout.block_bytes, self.network.damaged):
             try:
                 self._play()
             except Violation:
@@ -94,12 +95,13 @@ class Simulation:
         self.timeline.run(HORIZON_S)
         self.faults.over = True
         self._until(self._answered, ANSWERED_S, 1.0)
+        if self.plan.calm:
+            self._until(self._left_over, CALM_QUIET_S, 0.1)
         self._until(self._left_over, QUIET_S, 5.0)
         self._check_work()
 
-    def _until(self, problem: object, limit: float, step: float) -> None:
+    def _until(self, problem: Callable[[], str], limit: float, step: float) -> None:
         """Lets time pass until `problem()` is the empty string."""
-        assert callable(problem)
         end = self.timeline.now + limit
         while text := problem():
             if self.timeline.now >= end:
@@ -124,7 +126,11 @@ class Simulation:
             prompt, answer, n = len(client.request.tokens), len(client.expected), client.request.n
             once = prompt + n * (answer + 2 * BLOCK_TOKENS)
             bound += once if self.plan.gentle else 2 * client.attempts * (prompt * n + once)
-            if self.plan.gentle and (client.outcome != "done" or client.attempts != 1):
+            if (
+                self.plan.gentle
+                and client.outcome != "cancelled"
+                and (client.outcome != "done" or client.attempts != 1)
+            ):
                 raise Violation(f"{client.name} needs {client.attempts} attempts: {client.outcome}")
         preempted = sum(w.engine.num_preemptions for w in self.workers.values())
         computed = self._computed + sum(w.runner.computed for w in self.workers.values())
@@ -183,17 +189,11 @@ class Simulation:
         )
 
     def _plan_request(self, plan: RequestPlan) -> None:
-        prompt = plan.prompt
-        if plan.follows is not None:
-            before = self.clients[plan.follows]
-            prompt = (*before.request.tokens, *before.expected, *prompt)
-        whole = self._oracle.output(prompt, plan.max_tokens, ())
-        stops = () if plan.stop_at is None else (whole[plan.stop_at],)
-        expected = self._oracle.output(prompt, plan.max_tokens, stops)
-        finish = "stop" if expected[-1] in stops else "length"
-        self._oracle.learn((*prompt, *whole))
-        params = SamplingParams(max_tokens=plan.max_tokens, stop_token_ids=stops, priority=plan.priority)
-        request = GenerateRequest(plan.name, prompt, params, plan.n, plan.deadline_s)
+        expected = answer(plan.prompt, plan.max_tokens, plan.stops)
+        finish = "stop" if expected[-1] in plan.stops else "length"
+        self._oracle.learn((*plan.prompt, *expected))
+        params = SamplingParams(max_tokens=plan.max_tokens, stop_token_ids=plan.stops, priority=plan.priority)
+        request = GenerateRequest(plan.name, plan.prompt, params, plan.n, plan.deadline_s)
         client = self.clients[plan.name] = Client(plan.name, request, expected, finish)
         self.timeline.at(plan.at, lambda: self._submit(plan, client))
 
@@ -206,14 +206,14 @@ class Simulation:
             client.hung_up("its proxy was down")
 
     def _strike(self, blow: Blow) -> None:
+        client = self.clients.get(blow.target)
         host: Host | None = self.workers.get(blow.target) or self.proxies.get(blow.target)
-        if blow.kind != "cancel" and (host is None or not host.alive):
-            return
-        if not self.faults.strikes(blow):
+        there = client.waiting if client is not None else host is not None and host.alive
+        if not there or not self.faults.strikes(blow):
             return
         self.note(str(blow))
-        if blow.kind == "cancel":
-            self._cancel(self.clients[blow.target])
+        if client is not None:
+            self._cancel(client)
         elif blow.kind == "cut":
             self.network.cut(blow.target, blow.other)
         elif blow.kind == "partition":
@@ -272,8 +272,7 @@ class Simulation:
     def _speed_up(self, host: Host) -> None:
         host.slow_s -= 0.2
 
-    def _restart(self, start: object, delay: float) -> None:
-        assert callable(start)
+    def _restart(self, start: Callable[[], None], delay: float) -> None:
         self._starting += 1
 
         def run() -> None:

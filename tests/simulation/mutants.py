@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import decode.role
 import engine.cache.request_blocks
 import kvtransfer.fetcher
 import kvtransfer.holder
@@ -35,9 +34,9 @@ from kvtransfer import fetching_state as fs
 from kvtransfer import holding_state as hs
 from kvtransfer.fetcher import Fetcher
 from kvtransfer.holder import Holder
-from kvtransfer.messages import AbortFetch, Confirm, Credit, Missing, Note
+from kvtransfer.messages import AbortFetch, Confirm, Credit, Missing
 from mesh import wire
-from mesh.messages import Register, TokenBatch
+from mesh.messages import TokenBatch
 from prefill.role import PrefillRole
 from proxy import lifecycle
 from proxy.choice_events import NeedRoute, SendAbort
@@ -47,6 +46,7 @@ from proxy.lifecycle import Phase
 from proxy.routing.pool import WorkerPool
 from proxy.running import Choice
 from worker.links import ProxyLink
+from worker.role import Job
 from worker.steploop import StepLoop
 
 Change = tuple[Any, str, Any]
@@ -409,7 +409,7 @@ def finished_job_kept(original: Any, role: Any, event: Any) -> None:
     role._jobs = jobs
 
 
-@mutant((worker.role, "engine_key"), (decode.role.Job, "key"))
+@mutant((worker.role, "engine_key"), (Job, "key"))
 def attempts_share_a_name(original: Any, *arguments: Any) -> str:
     return str(arguments[0] if isinstance(arguments[0], str) else arguments[0].request_id)
 
@@ -523,4 +523,3 @@ def _without_journal(choice: Any) -> Any:
 
 
 constant("journal_not_sent_on_resume", (Choice, "tokens", property(_without_journal)))
-_UNUSED = (Register, Note)

@@ -71,6 +71,8 @@ class Network:
     history: list[str] | None = None
     blocked: dict[tuple[str, str], float] = field(default_factory=dict)
     """(from, to): until when nothing arrives."""
+    damaged: set[bytes] = field(default_factory=set)
+    """Frames that nobody may believe."""
     _count: int = 0
     _dials: dict[str, int] = field(default_factory=dict)
 
@@ -119,8 +121,9 @@ class Network:
         if self.history is not None:
             self._note(lane, parts, fate)
         lane.count += 1
-        now = self.timeline.now
-        arrives = now + LATENCY_S + lane.source.slow_s + lane.target.host.slow_s
+        arrives = self.timeline.now + LATENCY_S + lane.source.slow_s + lane.target.host.slow_s
+        if fate is not None and fate.kind == "delay":
+            arrives += fate.seconds
         arrives = max(arrives, self.blocked.get((lane.source.name, lane.target.host.name), 0.0), lane.free_at)
         if fate is None:
             lane.free_at = arrives
@@ -131,9 +134,9 @@ class Network:
             return
         if fate.kind == "lose":
             return
-        parts = _damaged(parts, fate)
-        if fate.kind == "delay":
-            arrives += fate.seconds
+        if fate.kind in ("flip", "truncate"):
+            whole, parts = parts, _damaged(parts, fate)
+            self.damaged.update(parts[:1] if parts[0] != whole[0] else ())
         if fate.kind != "overtake":
             lane.free_at = arrives
         for copy in range(2 if fate.kind == "repeat" else 1):
@@ -201,8 +204,6 @@ class Network:
 
 def _damaged(parts: list[bytes], fate: Fate) -> list[bytes]:
     """The message with the bytes that its fate leaves it."""
-    if fate.kind not in ("flip", "truncate"):
-        return parts
     which = fate.number % len(parts)
     data = bytearray(parts[which])
     if not data:

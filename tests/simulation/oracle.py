@@ -17,6 +17,13 @@ class Violation(BaseException):
     """Something that must never happen did. No `Exception`: production survives those, and this must get through."""
 
 
+def answer(prompt: Sequence[int], max_tokens: int, stops: Sequence[int] = ()) -> list[int]:
+    """All tokens that the request's client gets."""
+    tokens = expected_tokens(prompt, max_tokens, VOCAB)
+    last = next((i for i, token in enumerate(tokens) if token in stops), max_tokens - 1)
+    return tokens[: last + 1]
+
+
 class Oracle:
     """Knows what the undisturbed engine would compute; by plain loops, without pages."""
 
@@ -24,12 +31,6 @@ class Oracle:
         self._layout = layout
         self._root = root
         self._blocks: dict[bytes, bytes] = {}
-
-    def output(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> list[int]:
-        """All tokens that the request's client gets."""
-        tokens = expected_tokens(prompt, max_tokens, VOCAB)
-        last = next((i for i, token in enumerate(tokens) if token in stops), max_tokens - 1)
-        return tokens[: last + 1]
 
     def learn(self, tokens: Sequence[int]) -> None:
         """Every block of this text, full or partly filled at any token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import kvtransfer.holder
 import kvtransfer.holding_state
 import proxy.routing.router
 import worker.steploop
+from mesh.wire import Envelope
 from tests.simulation.oracle import Violation
 from tests.simulation.worker_host import BEAT_S
 
@@ -40,15 +41,28 @@ def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+def _wary(unseal: Callable[[bytes | memoryview], Envelope], damaged: Collection[bytes]) -> Callable[..., Envelope]:
+    def watched(frame: bytes | memoryview) -> Envelope:
+        envelope = unseal(frame)
+        if bytes(frame) in damaged:
+            raise Violation(f"a damaged {type(envelope.message).__name__} is believed")
+        return envelope
+
+    return watched
+
+
 @contextmanager
-def tiny(chance: random.Random, block_bytes: int) -> Iterator[None]:
-    """Windows, parcels, memory and recompute limits of some blocks; transfer ids from the seed; errors are loud."""
+def tiny(chance: random.Random, block_bytes: int, damaged: Collection[bytes]) -> Iterator[None]:
+    """Windows, parcels, memory and recompute limits of some blocks; transfer ids from the seed; errors are loud, and so
+    is belief in a frame that was `damaged`."""
     window, parcel = chance.choice((2, 4, 8)), chance.choice((1, 2, 4)) * block_bytes
     recompute = chance.choice((0, 8, 2048))
     alarm = _Alarm(logging.ERROR)
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     with replaced(
+        (kvtransfer.fetcher, "unseal", _wary(kvtransfer.fetcher.unseal, damaged)),
+        (kvtransfer.holder, "unseal", _wary(kvtransfer.holder.unseal, damaged)),
         (kvtransfer.fetcher, "window_blocks", lambda _: window),
         (kvtransfer.holder, "parcel_bytes", lambda _: parcel),
         (kvtransfer.holding_state, "READY_BYTES", 16 * block_bytes),

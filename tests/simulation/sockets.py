@@ -16,6 +16,15 @@ from tests.simulation.host import Host
 EVENT = struct.Struct("=hi")
 
 
+class TryAgain(zmq.Again):
+    """Nothing waits, or nobody is there. Raised in every turn of every loop, so it asks ZeroMQ for no text."""
+
+    errno = errno.EAGAIN
+
+    def __init__(self) -> None:
+        """The number is all that production looks at."""
+
+
 class Frame:
     """A received frame that was not copied."""
 
@@ -42,7 +51,7 @@ class VirtualMonitor:
 
     def recv_multipart(self, flags: int = 0) -> list[bytes]:
         if not self.inbox:
-            raise zmq.Again
+            raise TryAgain
         return self.inbox.popleft()
 
     def close(self, linger: int | None = None) -> None:
@@ -125,7 +134,7 @@ class VirtualSocket:
             if first not in self.peers:
                 raise zmq.ZMQError(errno.EHOSTUNREACH)
         elif self.connection is None and self._options.get(zmq.IMMEDIATE):
-            raise zmq.Again
+            raise TryAgain
 
     def _send(self, parts: list[bytes]) -> None:
         if self.kind == zmq.ROUTER:
@@ -150,11 +159,12 @@ class VirtualSocket:
         self.host.wake()
 
     def recv(self, flags: int = 0) -> bytes:
-        return self.recv_multipart(flags)[-1]
+        parts: list[bytes] = self.recv_multipart(flags)
+        return parts[-1]
 
     def recv_multipart(self, flags: int = 0, copy: bool = True) -> Any:
         if not self.inbox:
-            raise zmq.Again
+            raise TryAgain
         parts = self.inbox.popleft()
         return parts if copy else [Frame(p) for p in parts]
 

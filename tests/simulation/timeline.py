@@ -5,6 +5,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 
+from tests.simulation.oracle import Violation
+
+MOST_EVENTS = 200_000
+"""A seed takes some thousands."""
+
 
 class Timeline:
     """Actions by their time; those of one instant in the order in which they were asked for."""
@@ -28,5 +33,7 @@ class Timeline:
         while queue and queue[0][0] <= until:
             self.now, _, action = heapq.heappop(queue)
             self.num_events += 1
+            if self.num_events > MOST_EVENTS:
+                raise Violation(f"{MOST_EVENTS} events, and no end")
             action()
         self.now = max(self.now, until)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 from decode.role import DecodeRole
 from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted, StreamReleased
 from kvtransfer.events import Event as KvEvent
+from kvtransfer.fetching_state import Received
+from kvtransfer.messages import Fetch, Missing
 from kvtransfer.protocol import LEASE_TTL_S, Wanted
 from mesh.messages import Abort, Peer
 from mesh.wire import Envelope
@@ -44,9 +46,13 @@ class Watch:
         self._events = process._kv_events
         self._from_proxy = process._from_proxy
         self._fetch = kv.fetch
+        self._send = kv._fetcher._send
+        self._received = kv._fetcher._apply
         process._kv_events = self.kv_events
         process._from_proxy = self.from_proxy
         kv.fetch = self.fetch
+        kv._fetcher._send = self.send
+        kv._fetcher._apply = self.received
 
     def fetch(
         self, transfer_id: bytes, attempt: int, peer: Peer, stream: str, wanted: Sequence[Wanted], deadline_s: float
@@ -58,6 +64,24 @@ class Watch:
         if not stream:  # from a worker that holds what it happens to hold
             self._optional.add(transfer_id)
         self._fetch(transfer_id, attempt, peer, stream, wanted, deadline_s)
+
+    def send(self, link: Any, message: object) -> None:
+        if self._calm and isinstance(message, Fetch) and message.round:
+            raise Violation(f"{self._host.name} asks again for blocks though nothing was lost")
+        self._send(link, message)
+
+    def received(self, link: Any, event: object) -> None:
+        self._received(link, event)
+        if not isinstance(event, Received) or not isinstance(event.message, Missing):
+            return
+        transfer = link.state.transfers.get(event.message.transfer_id)
+        if (
+            transfer is not None
+            and (event.sender, event.receiver) == (link.state.holder, link.state.me)
+            and event.message.attempt == transfer.attempt
+            and any(transfer.pending >> index & 1 for index in event.message.indexes)
+        ):
+            raise Violation(f"{self._host.name} waits for a block that its holder has not got")
 
     def kv_events(self, events: list[KvEvent]) -> None:
         for event in events:
@@ -71,9 +95,8 @@ class Watch:
                     self._optional.add(event.transfer_id)
             elif isinstance(event, FetchEnded):
                 self._ended(event)
-            elif isinstance(event, StreamReleased):
-                if self._calm and event.reason not in ("confirmed", "aborted"):
-                    raise Violation(f"{event.stream} is released by {event.reason} though nothing went wrong")
+            elif isinstance(event, StreamReleased) and self._calm and event.reason not in ("confirmed", "aborted"):
+                raise Violation(f"{event.stream} is released by {event.reason} though nothing went wrong")
         self._events(events)
 
     def _block(self, event: BlockArrived) -> None:

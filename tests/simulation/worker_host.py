@@ -1,6 +1,7 @@
 """A worker's process in virtual time: production's engine, step loop, I/O loop, role and KV endpoint, whole.
 
-Only what they stand on is replaced: sockets (in memory), the thread (its turns are run one by one), the poller, metrics.
+Only what they stand on is replaced: sockets (in memory), the thread (its turns are run one by one), the poller and
+metrics.
 """
 
 from __future__ import annotations
@@ -148,9 +149,7 @@ class WorkerHost(Host):
         )
         metrics = cast(WorkerMetrics, Nothing())
         publisher = DirectPublisher(lambda events: self.process.publish(events))
-        station = Station(
-            self.info, self.engine, self.kv, publisher, metrics, cast(Grammars, Nothing()), proxies, 5.0
-        )
+        station = Station(self.info, self.engine, self.kv, publisher, metrics, cast(Grammars, Nothing()), proxies, 5.0)
         self.process = WorkerProcess(station, context, PrefillRole if role == "prefill" else DecodeRole, self.clock)
         self.process._wake.close()
         self.process._wake = cast(Any, Wake(self))
