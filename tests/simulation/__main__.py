@@ -19,7 +19,7 @@ from tests.simulation.suite import Suite, hunt, play
 PROGRESS_S = 10.0
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--fresh", action="store_true", help="the first seed is the time")
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="prints what happens in this one")
     parser.add_argument("--mutant", choices=MUTANTS, help="with this mistake made")
     parser.add_argument("--mutants", action="store_true", help="each mistake in turn, --seeds seeds at most for each")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.mutants:
         return _mutants(options.first, options.seeds or 1000)
     with replaced(*MUTANTS[options.mutant].changes) if options.mutant else nullcontext():

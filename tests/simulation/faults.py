@@ -14,8 +14,8 @@ from engine.sim_engine import MASK, splitmix64
 
 HORIZON_S = 5.0
 """Nothing new goes wrong later."""
-KV_FATES = ("lose", "repeat", "overtake", "delay", "flip", "truncate")
-CONTROL_FATES = ("delay",) * 31 + ("cut",)
+KV_FATES = ("lose", "flip", "truncate", *("repeat",) * 2, *("overtake",) * 3, *("delay",) * 4)
+CONTROL_FATES = ("delay",) * 127 + ("cut",)
 SCALE = 1 << 16
 
 
@@ -51,14 +51,15 @@ class Faults:
     """Draws faults, and notes those that were injected."""
 
     def __init__(
-        self, seed: int, rates: dict[str, float], only: Collection[str] | None = None, limit: int | None = None
+        self, seed: int, rates: dict[str, float], only: Collection[str] | None = None, *, once: bool = False
     ) -> None:
-        """`only`: names of faults, of which those that are drawn are injected; `limit`: at most so many are."""
+        """`only`: names of faults, of which those that are drawn are injected. `once`: of the messages between two
+        processes, in both directions, one."""
         self._seed = splitmix64(seed)
         self._limits = {kind: int(rate * SCALE) for kind, rate in rates.items()}
         self._only = only if only is None else frozenset(only)
         self.injected: list[str] = []
-        self._limit = limit
+        self._struck: set[str] | None = set() if once else None
         self.over = False
         """The horizon is behind: whatever is sent now arrives."""
 
@@ -72,17 +73,21 @@ class Faults:
             return None
         kinds = KV_FATES if kind == "kv" else CONTROL_FATES
         fate = Fate(kinds[(number >> 16) % len(kinds)], 0.002 * 1.5 ** ((number >> 24) % 16), number >> 32)
-        return fate if self._happens(f"{fate.kind} {key}{count}") else None
+        pair = key.partition("/")[0]
+        if self._struck is not None and pair in self._struck:
+            return None
+        if not self._happens(f"{fate.kind} {key}{count}"):
+            return None
+        if self._struck is not None:
+            self._struck.add(pair)
+        return fate
 
     def strikes(self, blow: Blow) -> bool:
         """Notes a blow; False: it is left out."""
         return self._happens(str(blow))
 
     def _happens(self, name: str) -> bool:
-        if self._only is not None:
-            if name not in self._only:
-                return False
-        elif self._limit is not None and len(self.injected) >= self._limit:
+        if self._only is not None and name not in self._only:
             return False
         self.injected.append(name)
         return True

@@ -53,7 +53,7 @@ class Simulation:
     def __init__(self, plan: Plan, only: Collection[str] | None = None, history: list[str] | None = None) -> None:
         self.plan = plan
         self.timeline = Timeline()
-        self.faults = Faults(plan.seed, plan.rates, only, limit=1 if plan.gentle else None)
+        self.faults = Faults(plan.seed, plan.rates, only, once=plan.gentle)
         self.network = Network(self.timeline, self.faults, history=history)
         self.workers: dict[str, WorkerHost] = {}
         self.proxies: dict[str, ProxyHost] = {}
@@ -184,8 +184,7 @@ class Simulation:
             self._exchange,
             plan.step_s,
             plan.clock_rate,
-            gentle=self.plan.gentle,
-            calm=self.plan.calm,
+            self.plan,
         )
 
     def _plan_request(self, plan: RequestPlan) -> None:

@@ -7,6 +7,9 @@ from typing import Any
 
 from tests.simulation.timeline import Timeline
 
+TURN_S = 0.001
+"""From what wakes an I/O loop to its turn, which takes all that has come meanwhile."""
+
 
 class Host:
     """What every simulated process is. One object is one life: a restart is another object."""
@@ -48,7 +51,7 @@ class Host:
 
         self.timeline.after(delay, run)
 
-    def wake(self, delay: float = 0.0) -> None:
+    def wake(self, delay: float = TURN_S) -> None:
         """Has `turn` run after `delay` at the latest."""
         when = max(self.timeline.now + delay, self._paused_until)
         if not self.alive or when >= self._turn_at:

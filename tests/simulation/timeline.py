@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from tests.simulation.oracle import Violation
 
-MOST_EVENTS = 200_000
+MOST_EVENTS = 50_000
 """A seed takes some thousands."""
 
 

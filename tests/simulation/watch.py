@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,10 +11,12 @@ from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted, StreamReleased
 from kvtransfer.events import Event as KvEvent
 from kvtransfer.fetching_state import Received
 from kvtransfer.messages import Fetch, Missing
-from kvtransfer.protocol import LEASE_TTL_S, Wanted
+from kvtransfer.protocol import LEASE_TTL_S, RENEW_S, Wanted
 from mesh.messages import Abort, Peer
 from mesh.wire import Envelope
+from tests.simulation.faults import HORIZON_S
 from tests.simulation.oracle import Oracle, Violation
+from tests.simulation.plan import Plan
 from worker.firsttoken import FirstToken
 from worker.links import ProxyLink
 from worker.role import engine_key
@@ -21,6 +24,8 @@ from worker.role import engine_key
 if TYPE_CHECKING:
     from tests.simulation.worker_host import WorkerHost
 
+REPAIR_S = 2 * RENEW_S + 1.0
+"""What was lost is asked for again within this, however its first renewal fared."""
 LATE_S = 1.5
 """Deadlines are seen by an idle loop this late."""
 
@@ -28,12 +33,12 @@ LATE_S = 1.5
 class Watch:
     """Stands between the process, its KV endpoint and its role."""
 
-    def __init__(self, host: WorkerHost, oracle: Oracle, *, gentle: bool, calm: bool) -> None:
-        """`gentle`: so little goes wrong that no transfer may fail; `calm`: nothing does."""
+    def __init__(self, host: WorkerHost, oracle: Oracle, plan: Plan) -> None:
         self._host = host
         self._oracle = oracle
-        self._gentle = gentle
-        self._calm = calm
+        self._gentle = plan.gentle
+        self._calm = plan.calm
+        self._repaired_at = math.inf if plan.blows else HORIZON_S + REPAIR_S
         self._wanted: dict[bytes, dict[int, bytes]] = {}
         """Transfers that have not ended: their blocks' names."""
         self._arrived: dict[bytes, set[int]] = {}
@@ -118,6 +123,8 @@ class Watch:
         if event.outcome == "aborted":
             return
         missing = event.missing and event.transfer_id not in self._optional
+        if event.outcome == "timeout" and self._host.timeline.now > self._repaired_at:
+            raise Violation(f"{self._host.name}: a fetch ends by timeout though nothing is lost any more")
         if self._gentle and (event.outcome != "ok" or missing):
             raise Violation(f"{self._host.name}: a fetch ends by {event.outcome} without {event.missing}")
 

@@ -25,6 +25,7 @@ from tests.simulation.host import Host
 from tests.simulation.network import Network
 from tests.simulation.oracle import Oracle, Violation
 from tests.simulation.pages import WatchedRunner
+from tests.simulation.plan import Plan
 from tests.simulation.sockets import VirtualContext, VirtualPoller
 from tests.simulation.watch import Watch
 from worker.grammars import Grammars
@@ -32,7 +33,7 @@ from worker.metrics import WorkerMetrics
 from worker.process import Station, WorkerProcess
 from worker.steploop import Exported, LoopEvent, Stepped
 
-IDLE_S = 0.5
+IDLE_S = 1.0
 """Production polls every 50 ms; a longer sleep only delays deadlines."""
 BEAT_S = 0.5
 """Production's 0.2 s costs more than all else."""
@@ -107,9 +108,7 @@ class WorkerHost(Host):
         exchange: Exchange,
         step_s: float,
         clock_rate: float,
-        *,
-        gentle: bool,
-        calm: bool,
+        plan: Plan,
     ) -> None:
         super().__init__(name, network.timeline, clock_at=zlib.crc32(name.encode()) % 5000, clock_rate=clock_rate)
         self.role = role
@@ -163,7 +162,7 @@ class WorkerHost(Host):
         self._checked = (0, 0)
         self.loop._commands = cast(Any, self._commands)
         self.loop._emit = self._emit
-        self._watch = Watch(self, oracle, gentle=gentle, calm=calm)
+        self._watch = Watch(self, oracle, plan)
         self.wake()
         self._wake_loop()
 
