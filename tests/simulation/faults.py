@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engine.sim_engine import MASK, splitmix64
 
-HORIZON_S = 5.0
+HORIZON_S = 8.0
 """Nothing new goes wrong later."""
 KV_FATES = ("lose", "flip", "truncate", *("repeat",) * 2, *("overtake",) * 3, *("delay",) * 4)
 CONTROL_FATES = ("delay",) * 127 + ("cut",)
@@ -115,8 +115,8 @@ def _draw(chance: random.Random, workers: list[str], proxies: list[str], request
         sub = chance.choice(("pause", "pause", "jump", "crash"))
         return Blow(at, sub, chance.choice(proxies), seconds=chance.choice((0.2, 1.0, 4.0)))
     seconds = {
-        "crash": chance.choice((0.02, 0.5, 3.0, 15.0)),
-        "pause": chance.choice((0.1, 2.0, 4.0, 9.0, 12.0)),
+        "crash": chance.choice((0.02, 0.5, 3.0, 6.0)),
+        "pause": chance.choice((0.1, 0.1, 2.0, 4.0, 4.0, 12.0)),
         "hang": chance.choice((0.5, 4.0, 9.0)),
         "jump": chance.choice((0.5, 3.0, 20.0)),
         "slow": chance.choice((0.5, 3.0)),

@@ -76,7 +76,7 @@ def draw(seed: int) -> Plan:
     elif gentle:
         rates = {"kv": 0.1}
     else:
-        count = chance.choice((0, 0, 2, 4, 8, 16, 32))
+        count = chance.choice((0, 0, 2, 4, 8, 16, 32, 48))
         blows = draw_blows(chance, count, [*prefills, *decodes], proxies, names)
         rates = {kind: chance.choice((0.2, 0.6, 0.9, 1.0)) for kind in ("kv", "control")}
     return Plan(
@@ -108,7 +108,7 @@ def _worker(chance: random.Random, name: str, gentle: bool) -> WorkerPlan:
 def _requests(chance: random.Random, proxies: list[str], gentle: bool) -> tuple[RequestPlan, ...]:
     topics = [[chance.randrange(1, VOCAB) for _ in range(24)] for _ in range(2)]
     requests: list[RequestPlan] = []
-    for number in range(chance.randrange(6, 25)):
+    for number in range(chance.randrange(16, 64)):
         shared = chance.choice(topics)[: chance.choice((0, 8, 12, 24))]
         own = [chance.randrange(1, VOCAB) for _ in range(chance.randrange(1, 20))]
         max_tokens = chance.choice((1, 2, 8, 16, 24))
