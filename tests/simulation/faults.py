@@ -15,6 +15,7 @@ from engine.sim_engine import MASK, splitmix64
 HORIZON_S = 8.0
 """Nothing new goes wrong later."""
 KV_FATES = ("lose", "flip", "truncate", *("repeat",) * 2, *("overtake",) * 3, *("delay",) * 4)
+GENTLE_FATES = ("lose", "flip", "truncate", "overtake")
 CONTROL_FATES = ("delay",) * 127 + ("cut",)
 SCALE = 1 << 16
 
@@ -71,7 +72,7 @@ class Faults:
         number = splitmix64((self._seed ^ salt * 0x9E3779B97F4A7C15 ^ count * 0xD1342543DE82EF95) & MASK)
         if number % SCALE >= limit:
             return None
-        kinds = KV_FATES if kind == "kv" else CONTROL_FATES
+        kinds = GENTLE_FATES if self._struck is not None else KV_FATES if kind == "kv" else CONTROL_FATES
         fate = Fate(kinds[(number >> 16) % len(kinds)], 0.002 * 1.5 ** ((number >> 24) % 16), number >> 32)
         pair = key.partition("/")[0]
         if self._struck is not None and pair in self._struck:

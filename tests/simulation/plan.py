@@ -74,7 +74,7 @@ def draw(seed: int) -> Plan:
     if calm:
         blows = [Blow(chance.uniform(0.5, HORIZON_S), "cancel", chance.choice(names)) for _ in range(8)]
     elif gentle:
-        rates = {"kv": 0.1}
+        rates = {"kv": 0.3}
     else:
         count = chance.choice((0, 0, 2, 4, 8, 16, 32, 48))
         blows = draw_blows(chance, count, [*prefills, *decodes], proxies, names)

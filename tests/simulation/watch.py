@@ -10,8 +10,9 @@ from decode.role import DecodeRole
 from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted, StreamReleased
 from kvtransfer.events import Event as KvEvent
 from kvtransfer.fetching_state import Received
+from kvtransfer.holding_state import Received as HolderReceived
 from kvtransfer.messages import Fetch, Missing
-from kvtransfer.protocol import LEASE_TTL_S, RENEW_S, Wanted
+from kvtransfer.protocol import LEASE_TTL_S, RENEW_S, Wanted, bits
 from mesh.messages import Abort, Peer
 from mesh.wire import Envelope
 from tests.simulation.faults import HORIZON_S
@@ -45,17 +46,25 @@ class Watch:
         self._noted: set[bytes] = set()
         self._optional: set[bytes] = set()
         """Transfers that need not bring everything."""
+        self._rounds: dict[tuple[bytes, bytes], dict[int, int]] = {}
+        """How many blocks each round of a transfer from here asked for."""
+        self._absent: set[bytes] = set()
+        """Blocks that the engine was asked for in vain, in this turn."""
         self._aborted: list[str] = []
         process: Any = host.process
         kv: Any = host.kv
         self._events = process._kv_events
         self._from_proxy = process._from_proxy
         self._fetch = kv.fetch
+        self._provide = kv.provide
+        self._step = kv._holder._step
         self._send = kv._fetcher._send
         self._received = kv._fetcher._apply
         process._kv_events = self.kv_events
         process._from_proxy = self.from_proxy
         kv.fetch = self.fetch
+        kv.provide = self.provide
+        kv._holder._step = self.step
         kv._fetcher._send = self.send
         kv._fetcher._apply = self.received
 
@@ -87,6 +96,17 @@ class Watch:
             and any(transfer.pending >> index & 1 for index in event.message.indexes)
         ):
             raise Violation(f"{self._host.name} waits for a block that its holder has not got")
+
+    def step(self, event: object) -> None:
+        if isinstance(event, HolderReceived) and isinstance(event.message, Fetch):
+            rounds = self._rounds.setdefault((event.link, event.message.transfer_id), {})
+            rounds.setdefault(event.message.round, len(event.message.wanted))
+        self._step(event)
+
+    def provide(self, name: bytes, payload: Any) -> None:
+        if payload is None:
+            self._absent.add(name)
+        self._provide(name, payload)
 
     def kv_events(self, events: list[KvEvent]) -> None:
         for event in events:
@@ -123,6 +143,8 @@ class Watch:
         if event.outcome == "aborted":
             return
         missing = event.missing and event.transfer_id not in self._optional
+        if self._calm and event.transfer_id not in self._noted | self._optional:
+            raise Violation(f"{self._host.name} is not told the first token though nothing went wrong")
         if event.outcome == "timeout" and self._host.timeline.now > self._repaired_at:
             raise Violation(f"{self._host.name}: a fetch ends by timeout though nothing is lost any more")
         if self._gentle and (event.outcome != "ok" or missing):
@@ -155,6 +177,14 @@ class Watch:
         for serving in state.servings.values():
             if serving.sent > serving.granted:
                 raise Violation(f"{host.name} sends {serving.sent} blocks on credit for {serving.granted}")
+            if serving.sent > sum(self._rounds[serving.key].values()):
+                raise Violation(f"{host.name} sends more blocks than it was asked for")
+            if serving.asked and self._absent and serving.asked_at < now and not host.kv._holder._fresh:
+                asked = {serving.by_index[index].name for index in bits(serving.asked)}
+                if not asked.isdisjoint(self._absent):
+                    raise Violation(f"{host.name} waits for a block that its engine has said it has not got")
+        if not host.kv._holder._fresh:
+            self._absent.clear()
         for lease in state.leases.values():
             if now > lease.heard_at + LEASE_TTL_S + LATE_S:
                 raise Violation(f"{host.name} holds blocks on a lease that lapsed {now - lease.heard_at:.1f} s ago")
