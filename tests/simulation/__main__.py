@@ -31,12 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="for so long")
     parser.add_argument("--seed", type=int, help="prints what happens in this one")
     parser.add_argument("--mutant", choices=MUTANTS, help="with this mistake made")
-    parser.add_argument("--mutants", action="store_true", help="each mistake in turn, --seeds seeds at most for each")
+    parser.add_argument(
+        "--mutants", nargs="*", metavar="MUTANT", help="these mistakes, or all, in turn; --seeds seeds at most for each"
+    )
     options = parser.parse_args(arguments)
     gc.freeze()  # a fleet is garbage as a whole, and looking for it more often costs a tenth of the time
     gc.set_threshold(GARBAGE_OBJECTS)
-    if options.mutants:
-        return _mutants(options.first, options.seeds or 1000)
+    if options.mutants is not None:
+        return _mutants(options.mutants or list(MUTANTS), options.first, options.seeds or 1000)
     with replaced(*MUTANTS[options.mutant].changes) if options.mutant else nullcontext():
         if options.seed is not None:
             return _show(options.seed)
@@ -76,9 +78,9 @@ def _play(first: int, seeds: int | None, faults: int | None, seconds: float | No
     return 0
 
 
-def _mutants(first: int, seeds: int) -> int:
+def _mutants(names: list[str], first: int, seeds: int) -> int:
     survivors = []
-    for name in MUTANTS:
+    for name in names:
         began = time.process_time()
         killed = hunt(name, range(first, first + seeds))
         seconds = time.process_time() - began
@@ -86,9 +88,7 @@ def _mutants(first: int, seeds: int) -> int:
             survivors.append(name)
         verdict = f"killed by seed {killed[0]}: {killed[1]}" if killed else f"SURVIVED {seeds} seeds"
         print(f"{name:40} {seconds:6.1f} s  {verdict}"[:160], flush=True)
-    print(
-        f"{len(MUTANTS) - len(survivors)} of {len(MUTANTS)} mutants killed; survived: {', '.join(survivors) or 'none'}"
-    )
+    print(f"{len(names) - len(survivors)} of {len(names)} mutants killed; survived: {', '.join(survivors) or 'none'}")
     return 1 if survivors else 0
 
 

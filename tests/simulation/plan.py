@@ -107,6 +107,7 @@ def _worker(chance: random.Random, name: str, gentle: bool) -> WorkerPlan:
 
 def _requests(chance: random.Random, proxies: list[str], gentle: bool) -> tuple[RequestPlan, ...]:
     topics = [[chance.randrange(1, VOCAB) for _ in range(24)] for _ in range(2)]
+    moments = [chance.uniform(0.5, HORIZON_S - 1) for _ in range(chance.choice((4, 16, 64)))]
     requests: list[RequestPlan] = []
     for number in range(chance.randrange(16, 64)):
         shared = chance.choice(topics)[: chance.choice((0, 8, 12, 24))]
@@ -121,7 +122,7 @@ def _requests(chance: random.Random, proxies: list[str], gentle: bool) -> tuple[
         requests.append(
             RequestPlan(
                 f"r{number}",
-                chance.uniform(0.5, HORIZON_S - 1),
+                chance.choice(moments) + chance.uniform(0.0, 0.05),
                 chance.choice(proxies),
                 prompt,
                 max_tokens,

@@ -61,8 +61,8 @@ def tiny(chance: random.Random, block_bytes: int, damaged: Collection[bytes]) ->
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     with replaced(
-        (kvtransfer.fetcher, "unseal", _wary(kvtransfer.fetcher.unseal, damaged)),
-        (kvtransfer.holder, "unseal", _wary(kvtransfer.holder.unseal, damaged)),
+        (kvtransfer.fetcher, "unseal", _wary(vars(kvtransfer.fetcher)["unseal"], damaged)),
+        (kvtransfer.holder, "unseal", _wary(vars(kvtransfer.holder)["unseal"], damaged)),
         (kvtransfer.fetcher, "window_blocks", lambda _: window),
         (kvtransfer.holder, "parcel_bytes", lambda _: parcel),
         (kvtransfer.holding_state, "READY_BYTES", 16 * block_bytes),

@@ -10,6 +10,7 @@ from decode.role import DecodeRole
 from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted, StreamReleased
 from kvtransfer.events import Event as KvEvent
 from kvtransfer.fetching_state import Received
+from kvtransfer.holding_state import Holding, Tick
 from kvtransfer.holding_state import Received as HolderReceived
 from kvtransfer.messages import Fetch, Missing
 from kvtransfer.protocol import LEASE_TTL_S, RENEW_S, Wanted, bits
@@ -17,10 +18,11 @@ from mesh.messages import Abort, Peer
 from mesh.wire import Envelope
 from tests.simulation.faults import HORIZON_S
 from tests.simulation.oracle import Oracle, Violation
-from tests.simulation.plan import Plan
+from tests.simulation.plan import BLOCK_TOKENS, Plan
 from worker.firsttoken import FirstToken
 from worker.links import ProxyLink
 from worker.role import engine_key
+from worker.steploop import Expected
 
 if TYPE_CHECKING:
     from tests.simulation.worker_host import WorkerHost
@@ -101,7 +103,18 @@ class Watch:
         if isinstance(event, HolderReceived) and isinstance(event.message, Fetch):
             rounds = self._rounds.setdefault((event.link, event.message.transfer_id), {})
             rounds.setdefault(event.message.round, len(event.message.wanted))
+        before = self._host.kv._holder.state
         self._step(event)
+        if isinstance(event, Tick):
+            self._ticked(before)
+
+    def _ticked(self, before: Holding) -> None:
+        """Only what has lapsed may end by the clock alone."""
+        now, after = self._host.clock(), self._host.kv._holder.state
+        for key, serving in before.servings.items():
+            lapses = min(serving.expires, before.leases[serving.link].heard_at + LEASE_TTL_S)
+            if key not in after.servings and now < lapses:
+                raise Violation(f"{self._host.name} gives a transfer up {lapses - now:.1f} s early")
 
     def provide(self, name: bytes, payload: Any) -> None:
         if payload is None:
@@ -163,8 +176,18 @@ class Watch:
                 raise Violation(f"{self._host.name} goes on with {job.key}, which was aborted")
         self._aborted.append(engine_key(message.request_id, message.attempt))
 
+    def expects(self, event: Expected) -> None:
+        """The engine says which blocks a request lacks: the others it holds for it."""
+        request = self._host.engine._requests[event.key]
+        known = {m.index for m in event.missing} | request.fetched_pages.keys()
+        if any(index not in known for index in range(len(request.tokens) // BLOCK_TOKENS)):
+            raise Violation(f"{self._host.name} neither holds nor wants a block of {event.key}")
+
     def looped(self) -> None:
         """After a turn of the step loop."""
+        for request in self._host.engine._fetching._requests.values():
+            if request.num_preemptions and request.fetched_pages:
+                raise Violation(f"{self._host.name} goes on filling pages for {request.key}, which gave its pages up")
         for key in self._aborted:
             if key in self._host.engine._requests:
                 raise Violation(f"{self._host.name} computes {key}, which was aborted")

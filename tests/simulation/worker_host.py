@@ -31,7 +31,7 @@ from tests.simulation.watch import Watch
 from worker.grammars import Grammars
 from worker.metrics import WorkerMetrics
 from worker.process import Station, WorkerProcess
-from worker.steploop import Exported, LoopEvent, Stepped
+from worker.steploop import Expected, Exported, LoopEvent, Stepped
 
 IDLE_S = 1.0
 """Production polls every 50 ms; a longer sleep only delays deadlines."""
@@ -205,6 +205,8 @@ class WorkerHost(Host):
                 self._check_export(exported)
         elif isinstance(event, Exported):
             self._check_export(event)
+        elif isinstance(event, Expected):
+            self._watch.expects(event)
         self.process._emit(event)
 
     def _check_export(self, block: Exported) -> None:
