@@ -46,7 +46,6 @@ from proxy.lifecycle import Phase
 from proxy.routing.pool import WorkerPool
 from proxy.running import Choice
 from worker.links import ProxyLink
-from worker.role import Job
 from worker.steploop import StepLoop
 
 Change = tuple[Any, str, Any]
@@ -409,9 +408,7 @@ def finished_job_kept(original: Any, role: Any, event: Any) -> None:
     role._jobs = jobs
 
 
-@mutant((worker.role, "engine_key"), (Job, "key"))
-def attempts_share_a_name(original: Any, *arguments: Any) -> str:
-    return str(arguments[0] if isinstance(arguments[0], str) else arguments[0].request_id)
+constant("attempts_share_a_name", (worker.role, "engine_key", lambda request_id, _: request_id))
 
 
 # The proxy.

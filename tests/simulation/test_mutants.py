@@ -7,15 +7,20 @@ import pytest
 from tests.simulation.mutants import MUTANTS
 from tests.simulation.suite import hunt
 
-FOUND_BY = {"no_digest_check": 2}
+FOUND_BY = {
+    "cached_blocks_not_pinned": 0,
+    "note_not_kept": 0,
+    "lease_expires_early": 1,
+    "retry_without_a_new_attempt": 1,
+    "repeated_token_emitted": 1,
+    "failure_not_told": 1,
+}
+"""By which seed, one of the first: these die in a moment."""
 
 
 @pytest.mark.parametrize("name", FOUND_BY)
 def test_a_mistake_is_found(name: str) -> None:
-    seed = FOUND_BY[name]
-    found = hunt(name, (seed,))
-    assert found is not None
-    assert hunt(name, (seed,)) == found
+    assert hunt(name, (FOUND_BY[name],)) is not None
 
 
 def test_there_are_enough_mistakes_and_each_changes_something() -> None:

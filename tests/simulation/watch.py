@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from decode.role import DecodeRole
+from decode.role import DecodeJob, DecodeRole
 from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted, StreamReleased
 from kvtransfer.events import Event as KvEvent
 from kvtransfer.fetching_state import Received
@@ -21,7 +21,7 @@ from tests.simulation.oracle import Oracle, Violation
 from tests.simulation.plan import BLOCK_TOKENS, Plan
 from worker.firsttoken import FirstToken
 from worker.links import ProxyLink
-from worker.role import engine_key
+from worker.role import Job, engine_key
 from worker.steploop import Expected
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class Watch:
         """Transfers that need not bring everything."""
         self._rounds: dict[tuple[bytes, bytes], dict[int, int]] = {}
         """How many blocks each round of a transfer from here asked for."""
+        self._streams: set[str] = set()
+        """All that were ever opened here: a fetch must not find another attempt's."""
         self._absent: set[bytes] = set()
         """Blocks that the engine was asked for in vain, in this turn."""
         self._aborted: list[str] = []
@@ -58,6 +60,8 @@ class Watch:
         self._events = process._kv_events
         self._from_proxy = process._from_proxy
         self._fetch = kv.fetch
+        self._lost = process._role.lost
+        self._open_stream = kv.open_stream
         self._provide = kv.provide
         self._step = kv._holder._step
         self._send = kv._fetcher._send
@@ -65,7 +69,9 @@ class Watch:
         process._kv_events = self.kv_events
         process._from_proxy = self.from_proxy
         kv.fetch = self.fetch
+        kv.open_stream = self.open_stream
         kv.provide = self.provide
+        process._role.lost = self.lost
         kv._holder._step = self.step
         kv._fetcher._send = self.send
         kv._fetcher._apply = self.received
@@ -116,12 +122,19 @@ class Watch:
             if key not in after.servings and now < lapses:
                 raise Violation(f"{self._host.name} gives a transfer up {lapses - now:.1f} s early")
 
+    def open_stream(self, stream: str) -> None:
+        if stream in self._streams:
+            raise Violation(f"{self._host.name} calls two streams {stream}")
+        self._streams.add(stream)
+        self._open_stream(stream)
+
     def provide(self, name: bytes, payload: Any) -> None:
         if payload is None:
             self._absent.add(name)
         self._provide(name, payload)
 
     def kv_events(self, events: list[KvEvent]) -> None:
+        hopeless = [job for event in events if isinstance(event, FetchEnded) and (job := self._hopeless(event))]
         for event in events:
             if isinstance(event, BlockArrived):
                 self._block(event)
@@ -136,6 +149,16 @@ class Watch:
             elif isinstance(event, StreamReleased) and self._calm and event.reason not in ("confirmed", "aborted"):
                 raise Violation(f"{event.stream} is released by {event.reason} though nothing went wrong")
         self._events(events)
+        for job in hopeless:
+            if self._jobs().get(job.request_id) is job:
+                raise Violation(f"{self._host.name} computes what {job.key} lacks, which is more than it may")
+
+    def _hopeless(self, event: FetchEnded) -> DecodeJob | None:
+        """The job that has not begun, and from now on lacks more than may be computed here."""
+        job: DecodeJob | None = cast(Any, self._host.process._role)._by_transfer.get(event.transfer_id)
+        if job is None or job.started or not event.missing:
+            return None
+        return job if job.num_tokens - min(event.missing) * BLOCK_TOKENS > job.recompute_limit else None
 
     def _block(self, event: BlockArrived) -> None:
         wanted = self._wanted.get(event.transfer_id)
@@ -169,12 +192,19 @@ class Watch:
             self._is_aborted(envelope.message)
 
     def _is_aborted(self, message: Abort) -> None:
-        role = cast(Any, self._host.process._role)
-        jobs = role._jobs if isinstance(role, DecodeRole) else role._streams
-        for job in jobs.values():
+        for job in self._jobs().values():
             if job.request_id == message.request_id and job.attempt <= message.attempt:
                 raise Violation(f"{self._host.name} goes on with {job.key}, which was aborted")
         self._aborted.append(engine_key(message.request_id, message.attempt))
+
+    def lost(self, link: ProxyLink) -> None:
+        self._lost(link)
+        if any(job.link is link for job in self._jobs().values()):
+            raise Violation(f"{self._host.name} goes on for a proxy that is gone")
+
+    def _jobs(self) -> dict[str, Job]:
+        role = cast(Any, self._host.process._role)
+        return cast("dict[str, Job]", role._jobs if isinstance(role, DecodeRole) else role._streams)
 
     def expects(self, event: Expected) -> None:
         """The engine says which blocks a request lacks: the others it holds for it."""
@@ -211,8 +241,7 @@ class Watch:
         for lease in state.leases.values():
             if now > lease.heard_at + LEASE_TTL_S + LATE_S:
                 raise Violation(f"{host.name} holds blocks on a lease that lapsed {now - lease.heard_at:.1f} s ago")
-        jobs = role._jobs if isinstance(role, DecodeRole) else role._streams
-        for job in jobs.values():
+        for job in self._jobs().values():
             if now > job.deadline + LATE_S:
                 raise Violation(f"{host.name} goes on with {job.key} after its deadline")
         if isinstance(role, DecodeRole) and host.kv.stats().fetching != len(role._by_transfer):
