@@ -30,6 +30,8 @@ QUIET_S = 260.0
 """After the last request nothing is held any more within this: the longest hold, then the longest memory."""
 CALM_QUIET_S = 1.5
 """The same where nothing goes wrong: what is over is said at once, no lease or memory need lapse."""
+CALM_ABORT_S = 0.1
+"""And a worker drops a request this soon after its client left."""
 HEARTBEAT_S = 5.0
 """A connection of KV endpoints that carries nothing for so long is closed by ZeroMQ."""
 
@@ -226,6 +228,14 @@ class Simulation:
         for proxy in self.proxies.values():
             if client in proxy.clients:
                 proxy.soon(client.cancel)
+        if self.plan.calm:
+            self.timeline.after(CALM_ABORT_S, lambda: self._is_aborted(client))
+
+    def _is_aborted(self, client: Client) -> None:
+        for worker in self.workers.values():
+            for key in worker.engine._requests:
+                if key.partition("#")[0].partition(".")[0] == client.name:
+                    raise Violation(f"{worker.name} works on {key} though its client left")
 
     def _partition(self, blow: Blow) -> None:
         """Nothing gets from one process to another for a while; the other way is open."""

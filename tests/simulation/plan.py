@@ -72,7 +72,7 @@ def draw(seed: int) -> Plan:
     rates: dict[str, float] = {}
     names = [r.name for r in requests]
     if calm:
-        blows = [Blow(chance.uniform(0.5, HORIZON_S), "cancel", chance.choice(names)) for _ in range(8)]
+        blows = [Blow(r.at + chance.uniform(0.0, 0.3), "cancel", r.name) for r in requests[::2]]
     elif gentle:
         rates = {"kv": 0.3}
     else:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any, cast
 
 import zmq
 
-from mesh.messages import TokenDelta
+from mesh.messages import Abort, Beat, Decode, Prefill, TokenDelta
 from proxy.control import ControlSocket
 from proxy.dispatcher import MeshDispatcher
 from proxy.fleet import Fleet
 from proxy.routing.place import Place
+from proxy.routing.pool import BEAT_TIMEOUT_S, REVIVE_AFTER_S, Health
 from proxy.routing.residency import LocalResidency
 from tests.simulation.client import Client
 from tests.simulation.host import Host
@@ -86,8 +88,33 @@ class ProxyHost(Host):
         self.control.bind(address)
         self.control._loop = cast(asyncio.AbstractEventLoop, loop)
         self.fleet.connect(self.control, self.dispatcher)
+        self._assigned: dict[str, dict[Place, int]] = {}
+        """Who was given which attempt of a request and was not told that it is over."""
+        self._send = self.fleet.send
+        self.fleet.send = self.send  # type: ignore[method-assign]
+        self._beat = self.fleet.pool.beat
+        self.fleet.pool.beat = self.beat  # type: ignore[method-assign]
         self.control._beat()
         self._tick()
+
+    def send(self, worker: Place, message: Any) -> bool:
+        if isinstance(message, Abort):
+            places = self._assigned.get(message.request_id, {})
+            if places.get(worker, math.inf) <= message.attempt:
+                del places[worker]
+        elif isinstance(message, (Prefill, Decode)):
+            places = self._assigned.setdefault(message.request_id, {})
+            if any(attempt < message.attempt for attempt in places.values()):
+                raise Violation(f"{message.request_id} is tried again and an earlier attempt was not aborted")
+            places[worker] = message.attempt
+        return self._send(worker, message)
+
+    def beat(self, place: Place, beat: Beat, now: float) -> bool:
+        changed = self._beat(place, beat, now)
+        known = self.fleet.pool.get(place)
+        if known is not None and known.health is Health.SILENT and now - known.silent_since >= REVIVE_AFTER_S:
+            raise Violation(f"{self.name} takes {place} for dead though it beats")
+        return changed
 
     def turn(self) -> None:
         self.control._drain()
@@ -114,6 +141,11 @@ class ProxyHost(Host):
         self.dispatcher.tick()
         self.serve()
         now = self.clock()
+        for worker in self.fleet.pool.workers():
+            if worker.health is Health.ALIVE and now - worker.last_beat > BEAT_TIMEOUT_S:
+                raise Violation(
+                    f"{self.name} takes {worker.place} for alive, silent for {now - worker.last_beat:.1f} s"
+                )
         for client in self.clients:
             if client.deadline is not None and now >= client.deadline:
                 raise Violation(f"{client.name} has neither an answer nor an error at its deadline")
