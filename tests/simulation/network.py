@@ -14,9 +14,10 @@ import zmq
 from kvtransfer.integrity import unseal
 from mesh import wire
 from mesh.errors import BadFrame
-from mesh.messages import Peer, TokenBatch
+from mesh.messages import Peer, Register, TokenBatch
 from tests.simulation.faults import Fate, Faults
 from tests.simulation.host import Host
+from tests.simulation.oracle import Violation
 from tests.simulation.sockets import VirtualSocket
 from tests.simulation.timeline import Timeline
 
@@ -117,6 +118,8 @@ class Network:
         """One message on its way."""
         if connection.ends_at is not None:
             return
+        if connection.kind == "control" and lane is connection.forth and not lane.count:
+            self._must_introduce(lane, parts)
         fate = self.faults.fate(connection.kind, lane.key, lane.salt, lane.count)
         if self.history is not None:
             self._note(lane, parts, fate)
@@ -142,6 +145,12 @@ class Network:
         for copy in range(2 if fate.kind == "repeat" else 1):
             when = arrives + (fate.seconds if fate.kind == "overtake" or copy else 0.0)
             self.timeline.at(when, lambda: self._arrive(connection, lane, parts))
+
+    def _must_introduce(self, lane: Lane, parts: list[bytes]) -> None:
+        """A proxy does not know whose new connection this is, and loses all that comes before it does."""
+        message = wire.decode(parts[0]).message
+        if not isinstance(message, Register):
+            raise Violation(f"{lane.source.name} begins a connection with {type(message).__name__}")
 
     def _note(self, lane: Lane, parts: list[bytes], fate: Fate | None) -> None:
         assert self.history is not None

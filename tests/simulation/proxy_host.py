@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import zmq
 
-from mesh.messages import Abort, Beat, Decode, Prefill, TokenDelta
+from mesh.messages import Abort, Beat, Decode, Goodbye, Prefill, TokenDelta
 from proxy.control import ControlSocket
 from proxy.dispatcher import MeshDispatcher
 from proxy.fleet import Fleet
@@ -92,6 +92,8 @@ class ProxyHost(Host):
         """Who was given which attempt of a request and was not told that it is over."""
         self._send = self.fleet.send
         self.fleet.send = self.send  # type: ignore[method-assign]
+        self._heard = self.fleet.heard
+        self.fleet.heard = self.heard  # type: ignore[method-assign]
         self._beat = self.fleet.pool.beat
         self.fleet.pool.beat = self.beat  # type: ignore[method-assign]
         self.control._beat()
@@ -108,6 +110,11 @@ class ProxyHost(Host):
                 raise Violation(f"{message.request_id} is tried again and an earlier attempt was not aborted")
             places[worker] = message.attempt
         return self._send(worker, message)
+
+    def heard(self, worker: Place, message: Any) -> None:
+        self._heard(worker, message)
+        if isinstance(message, Goodbye) and self.fleet.pool.get(worker) is not None:
+            raise Violation(f"{self.name} still knows {worker.worker_id}, which has left")
 
     def beat(self, place: Place, beat: Beat, now: float) -> bool:
         changed = self._beat(place, beat, now)
