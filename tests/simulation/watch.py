@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -44,6 +45,8 @@ class Watch:
         self._repaired_at = math.inf if plan.blows else HORIZON_S + REPAIR_S
         self._wanted: dict[bytes, dict[int, bytes]] = {}
         """Transfers that have not ended: their blocks' names."""
+        self._asked: dict[bytes, Counter[int]] = {}
+        """How often each block was asked for; a `Missing` for it counts as often."""
         self._arrived: dict[bytes, set[int]] = {}
         self._noted: set[bytes] = set()
         self._optional: set[bytes] = set()
@@ -90,12 +93,15 @@ class Watch:
     def send(self, link: Any, message: object) -> None:
         if self._calm and isinstance(message, Fetch) and message.round:
             raise Violation(f"{self._host.name} asks again for blocks though nothing was lost")
+        if isinstance(message, Fetch):
+            self._asked.setdefault(message.transfer_id, Counter()).update(w.index for w in message.wanted)
         self._send(link, message)
 
     def received(self, link: Any, event: object) -> None:
         self._received(link, event)
         if not isinstance(event, Received) or not isinstance(event.message, Missing):
             return
+        self._asked.setdefault(event.message.transfer_id, Counter()).update(event.message.indexes)
         transfer = link.state.transfers.get(event.message.transfer_id)
         if (
             transfer is not None
@@ -176,8 +182,11 @@ class Watch:
             raise Violation(f"{self._host.name}: a transfer ends twice")
         if arrived | set(event.missing) != set(wanted) or arrived & set(event.missing):
             raise Violation(f"{self._host.name}: blocks {event.missing} are missing, {sorted(arrived)} came")
+        asked = self._asked.pop(event.transfer_id, Counter())
         if event.outcome == "aborted":
             return
+        if event.outcome == "ok" and any(asked[index] < 2 for index in event.missing):
+            raise Violation(f"{self._host.name} gives blocks up that it has asked for once")
         missing = event.missing and event.transfer_id not in self._optional
         if self._calm and event.transfer_id not in self._noted | self._optional:
             raise Violation(f"{self._host.name} is not told the first token though nothing went wrong")
