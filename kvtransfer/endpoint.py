@@ -28,6 +28,8 @@ from kvtransfer.sockets import Context, Socket
 from kvtransfer.transports.base import Payload, Transport
 from kvtransfer.transports.choice import open_transports
 from kvtransfer.transports.local import Exchange
+from mesh.curve import Authenticator
+from mesh.keys import Keys
 from mesh.layout import KvLayout
 from mesh.messages import Peer
 
@@ -65,8 +67,12 @@ class KvEndpoint:
         clock: Callable[[], float],
         exchange: Exchange | None = None,
         wrap: Callable[[Transport], Transport] = _unchanged,
+        keys: Keys | None = None,
     ) -> None:
-        """`exchange`: shared by endpoints of one process that use `local`. `wrap`: puts faults around a transport."""
+        """`exchange`: shared by endpoints of one process that use `local`. `wrap`: puts faults around a transport.
+
+        With `keys`, tcp is encrypted: one such endpoint per context, because a context has one judge of client keys.
+        """
         self.worker_id = worker_id
         self.layout = layout
         self._clock = clock
@@ -77,12 +83,13 @@ class KvEndpoint:
         self._transports = {name: wrap(transport) for name, transport in opened.items()}
         emit = self._events.append
         parts = (incarnation, layout, self._transports, self._counters, clock, emit)
+        self._authenticator = Authenticator(context, frozenset({keys.worker})) if keys is not None else None
         try:
-            self._holder = Holder(context, bind, *parts)
+            self._holder = Holder(context, bind, *parts, keys)
         except BaseException:
-            self._close_transports()
+            self._close_parts()
             raise
-        self._fetcher = Fetcher(context, *parts)
+        self._fetcher = Fetcher(context, *parts, keys)
         self.address = self._holder.address
         self.peer = Peer(worker_id, incarnation, self.address, host)
         """How other workers name this endpoint."""
@@ -144,12 +151,14 @@ class KvEndpoint:
 
     def sockets(self) -> list[Socket]:
         """To be polled for reading; changes as connections come and go."""
-        return [self._holder.router, self._holder.monitor, *self._fetcher.sockets]
+        return [*self._holder.sockets, *self._fetcher.sockets]
 
     def receive(self, socket: Socket) -> list[Event]:
         """Reads what came on `socket`, a bounded number of messages; whatever it is, nothing is raised."""
         if socket is self._holder.router:
             self._holder.receive()
+        elif socket is self._holder.out:
+            self._holder.receive_hellos()
         elif socket is self._holder.monitor:
             self._holder.receive_monitor()
         else:
@@ -170,6 +179,7 @@ class KvEndpoint:
 
     def stats(self) -> TransferStats:
         c = self._counters
+        clients = {"client_key": self._authenticator.refused} if self._authenticator is not None else {}
         return TransferStats(
             fetching=self._fetcher.num_transfers,
             serving=len(self._holder.state.servings),
@@ -181,7 +191,7 @@ class KvEndpoint:
             blocks_in=c.blocks_in,
             blocks_out=c.blocks_out,
             corrupt=c.corrupt,
-            dropped=dict(c.dropped),
+            dropped={**c.dropped, **clients},
             ended=dict(c.ended),
         )
 
@@ -192,9 +202,11 @@ class KvEndpoint:
         self._closed = True
         self._fetcher.close()
         self._holder.close()
-        self._close_transports()
+        self._close_parts()
 
-    def _close_transports(self) -> None:
+    def _close_parts(self) -> None:
+        if self._authenticator is not None:
+            self._authenticator.close()
         for transport in self._transports.values():
             transport.close()
 

@@ -18,6 +18,7 @@ from kvtransfer.messages import Blocks, Fetch, Offer, Place, Renew, SlotsReturne
 from kvtransfer.protocol import ANSWER_S, MAX_INDEX
 from kvtransfer.transports.base import Payload, Posted, Transport, TransportFault
 from mesh.errors import EXIT_PORT, EXIT_USAGE, StartupError
+from mesh.keys import Keys
 from mesh.layout import KvLayout
 from mesh.messages import Peer
 from tests.kvtransfer.pairs import (
@@ -352,7 +353,7 @@ def test_hostile_answers_are_counted_and_dropped(tmp_path: Path) -> None:
     context.term()
 
 
-def endpoint_at(bind: str, transports: tuple[str, ...] = ("zmq",)) -> KvEndpoint:
+def endpoint_at(bind: str, transports: tuple[str, ...] = ("zmq",), keys: Keys | None = None) -> KvEndpoint:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         return KvEndpoint(
@@ -364,6 +365,7 @@ def endpoint_at(bind: str, transports: tuple[str, ...] = ("zmq",)) -> KvEndpoint
             layout=LAYOUT,
             transports=transports,
             clock=Clock(),
+            keys=keys,
         )
     finally:
         context.destroy(linger=0)
