@@ -267,7 +267,7 @@ class Fetcher:
             self._counters.drop("frames")
             return 0
         head: Payload = frames[0].buffer
-        payload = frames[1].buffer.toreadonly() if len(frames) == 2 else None
+        payload: Payload | None = frames[1].buffer.toreadonly() if len(frames) == 2 else None
         if link.opener is not None:
             opened = self._unsealed(link, link.opener, head, payload)
             if opened is None:
