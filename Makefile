@@ -1,5 +1,6 @@
 # make up    install into .venv and serve the demo model     (MODEL=DIR and FLAGS='--decode 2' change that)
 # make test  the same set-up, then all tests
+# make fuzz  a million damaged frames for every decoder
 # make lint  ruff and mypy
 # make test-clients   other people's clients (langchain, guidellm, aiperf, lm-eval), each in an environment of its own
 
@@ -15,7 +16,7 @@ INSTALLED_DEV := $(VENV)/.kvmesh-installed-dev
 
 CLIENTS := $(patsubst tests/clients/requirements/%.txt,$(VENV)/clients/%,$(wildcard tests/clients/requirements/*.txt))
 
-.PHONY: up test test-clients lint clean
+.PHONY: up test test-clients fuzz lint clean
 
 up: $(INSTALLED)
 	$(BIN)/kvmesh up $(FLAGS) $(MODEL)
@@ -30,6 +31,9 @@ $(VENV)/clients/%: tests/clients/requirements/%.txt
 	$(PYTHON) -m venv $@
 	$@/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
+
+fuzz: $(INSTALLED_DEV)
+	$(BIN)/python -m tests.fuzz_frames
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

@@ -5,7 +5,9 @@
 One process holds blocks, this one fetches them through two `KvEndpoint`s, digests checked, and copies each into its
 page, as a decode worker does. GB/s count payload bytes once, from `fetch` to `FetchEnded`. `memcpy` copies blocks of
 the same size over the same amount of memory with numpy, in the same rounds; `ratio` is transport / memcpy. `local` runs
-holder and fetcher in this one process and moves no bytes but into the pages.
+holder and fetcher in this one process and moves no bytes but into the pages. `zmq-aes` is `zmq-tcp` with `--keys`.
+`raw-tcp` is ZeroMQ alone: the same parts over tcp into the same pages, without a protocol, digest or window. Two more
+ratios compare within the run: `zmq-aes` / `zmq-tcp`, and `zmq-tcp` / `raw-tcp`.
 """
 
 from __future__ import annotations
@@ -22,19 +24,26 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import zmq
 
 from kvtransfer.endpoint import BlockArrived, FetchEnded, KvEndpoint, NeedBlocks, Wanted
+from kvtransfer.transports.base import parcel_bytes
 from kvtransfer.transports.local import Exchange
 from kvtransfer.transports.shm import remove_orphans
+from mesh.keys import WORKER, create, load
 from mesh.layout import KvLayout
 from mesh.messages import Peer
 
 BLOCK_KIB = (16, 192, 1024, 2048)
-ROUTES = ("local", "shm", "zmq-ipc", "zmq-tcp")
+ROUTES = ("local", "shm", "zmq-ipc", "zmq-tcp", "zmq-aes")
+RAW = "raw-tcp"
+RAW_QUEUE = 32
+"""Messages: as much under way as a transfer's window."""
+COMPARED = (("zmq-aes", "zmq-tcp"), ("zmq-tcp", RAW))
 FETCH_LIMIT_S = 120.0
 Context = zmq.Context[zmq.Socket[bytes]]
 Pages = npt.NDArray[np.uint8]
@@ -68,7 +77,7 @@ class Station:
     def __init__(self, context: Context, route: str, folder: str, kib: int, exchange: Exchange, worker: int) -> None:
         self.endpoint = KvEndpoint(
             context=context,
-            bind="tcp://127.0.0.1:0" if route == "zmq-tcp" else f"ipc://{folder}/{worker}",
+            bind="tcp://127.0.0.1:0" if route in ("zmq-tcp", "zmq-aes") else f"ipc://{folder}/{worker}",
             worker_id=str(worker),
             incarnation=worker,
             host="bench",
@@ -76,6 +85,7 @@ class Station:
             transports=(route.split("-")[0],),
             clock=time.monotonic,
             exchange=exchange,
+            keys=load(folder, WORKER) if route == "zmq-aes" else None,
         )
         self.poller = zmq.Poller()
         self.watched: set[zmq.Socket[bytes]] = set()
@@ -107,6 +117,63 @@ def serve(route: str, folder: str, kib: int) -> None:
         station.turn(50)
 
 
+def serve_raw(kib: int) -> None:
+    """The sending process of `raw-tcp`: answers a number with so many bytes in parts as a holder's."""
+    context: Context = zmq.Context()
+    socket = context.socket(zmq.ROUTER)
+    socket.sndhwm = RAW_QUEUE
+    print(f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}", flush=True)
+    part = os.urandom(parcel_bytes(kib << 10))
+    while True:
+        link, size = socket.recv_multipart()
+        for _ in range(-(-int(size) // len(part))):
+            socket.send_multipart((link, b"head", part), copy=False)
+
+
+def fetch_raw(socket: zmq.Socket[bytes], pages: Pages) -> float:
+    """Seconds to bring as many bytes as `pages` has, each part into its place."""
+    flat = pages.reshape(-1)
+    began = time.perf_counter()
+    socket.send(str(pages.nbytes).encode())
+    at = 0
+    while at < pages.nbytes:
+        part = np.frombuffer(socket.recv_multipart(copy=False)[1].buffer, dtype=np.uint8)
+        size = min(len(part), pages.nbytes - at)
+        np.copyto(flat[at : at + size], part[:size])
+        at += size
+    return time.perf_counter() - began
+
+
+def measure_raw(kib: int, pages: Pages, rounds: int) -> list[float]:
+    context: Context = zmq.Context()
+    with started(RAW, "", kib) as address, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        socket.rcvhwm = RAW_QUEUE
+        socket.connect(address)
+        fetch_raw(socket, pages)
+        times = [fetch_raw(socket, pages) for _ in range(rounds)]
+    context.term()
+    return times
+
+
+@contextmanager
+def started(route: str, folder: str, kib: int) -> Iterator[str]:
+    """The other process; gives its address."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--serve", route, folder, str(kib)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        if process.stdout is None:
+            raise RuntimeError("no pipe to the holder")
+        yield process.stdout.readline().strip()
+    finally:
+        process.terminate()
+        process.wait()
+        remove_orphans()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
 @contextmanager
 def holder(
     route: str, folder: str, kib: int, context: Context, exchange: Exchange
@@ -116,18 +183,8 @@ def holder(
         yield station.endpoint.peer, station
         station.endpoint.close()
         return
-    command = [sys.executable, __file__, "--serve", route, folder, str(kib)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        if process.stdout is None:
-            raise RuntimeError("no pipe to the holder")
-        yield Peer("7", 7, process.stdout.readline().strip(), "bench"), None
-    finally:
-        process.terminate()
-        process.wait()
-        remove_orphans()
-        if process.stdout is not None:
-            process.stdout.close()
+    with started(route, folder, kib) as address:
+        yield Peer("7", 7, address, "bench"), None
 
 
 def fetch_once(station: Station, other: Station | None, peer: Peer, pages: Pages) -> float:
@@ -149,6 +206,14 @@ def fetch_once(station: Station, other: Station | None, peer: Peer, pages: Pages
             other.turn(0)
 
 
+@contextmanager
+def key_folder() -> Iterator[str]:
+    """A private directory for sockets, with keys."""
+    with tempfile.TemporaryDirectory() as folder:
+        create(Path(folder))
+        yield folder
+
+
 def copy_once(source: Pages, pages: Pages) -> float:
     began = time.perf_counter()
     for page, block in zip(pages, source, strict=True):
@@ -163,11 +228,12 @@ def measure(kib: int, mib: int, rounds: int) -> list[Figure]:
     size = pages.nbytes / 1e9
     copies = [copy_once(source, pages) for _ in range(rounds)]
     times: dict[str, list[float]] = {"memcpy": copies}
+    times[RAW] = measure_raw(kib, pages, rounds)
     for route in ROUTES:
         exchange = Exchange()
         context: Context = zmq.Context()
         with (
-            tempfile.TemporaryDirectory() as folder,
+            key_folder() as folder,
             holder(route, folder, kib, context, exchange) as (peer, other),
         ):
             station = Station(context, route, folder, kib, exchange, 9)
@@ -189,7 +255,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--serve", nargs=3, metavar=("ROUTE", "FOLDER", "KIB"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.serve:
+    if args.serve and args.serve[0] == RAW:
+        serve_raw(int(args.serve[2]))
+    elif args.serve:
         serve(args.serve[0], args.serve[1], int(args.serve[2]))
         return
     figures = [f for kib in BLOCK_KIB for f in measure(kib, args.mib, args.rounds)]
@@ -199,6 +267,10 @@ def main() -> None:
     print(f"{'transport':<10}{'block':>10}{'GB/s best':>12}{'median':>9}{'ratio':>8}")
     for f in figures:
         print(f"{f.transport:<10}{f.block_kib:>6} KiB{f.gb_per_s:>12.2f}{f.median_gb_per_s:>9.2f}{f.ratio:>8.2f}")
+    for kib in BLOCK_KIB:
+        best = {f.transport: f.gb_per_s for f in figures if f.block_kib == kib}
+        ratios = "   ".join(f"{a} / {b} {best[a] / best[b]:.2f}" for a, b in COMPARED)
+        print(f"{kib:>4} KiB   {ratios}")
 
 
 if __name__ == "__main__":
