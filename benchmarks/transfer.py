@@ -122,6 +122,7 @@ def serve_raw(kib: int) -> None:
     context: Context = zmq.Context()
     socket = context.socket(zmq.ROUTER)
     socket.sndhwm = RAW_QUEUE
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # or it would drop what does not fit its queue, and not wait
     print(f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}", flush=True)
     part = os.urandom(parcel_bytes(kib << 10))
     while True:
@@ -257,7 +258,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve and args.serve[0] == RAW:
         serve_raw(int(args.serve[2]))
-    elif args.serve:
+    if args.serve:
         serve(args.serve[0], args.serve[1], int(args.serve[2]))
         return
     figures = [f for kib in BLOCK_KIB for f in measure(kib, args.mib, args.rounds)]
