@@ -137,6 +137,8 @@ class Fuzzer:
         self._inline = InlineTransport(4096)
         self._now = 0.0
         self._steps = 0
+        self._holding = hs.Holding(ME, LAYOUT)
+        self._fetching = fs.Fetching(ME, OTHER, LAYOUT, (), (), 8)
         self.outcomes: Counter[str] = Counter()
         self.peak = 0
         """Bytes beyond a frame's own proportion that an input took, at most."""
@@ -288,9 +290,9 @@ class Fuzzer:
                 pass
         outcomes = []
         frame = self._chance.choice((None, b"", parts[0], b"x" * 5000))
-        for take in (lambda: self._shm.take(place, size, None), lambda: self._inline.take(place, size, frame)):
+        for transport, behind in ((self._shm, None), (self._inline, frame)):
             try:
-                taken = take()
+                taken = transport.take(place, size, behind)
             except TransportFault:
                 outcomes.append("refused")
                 continue
