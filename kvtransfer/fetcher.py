@@ -177,7 +177,11 @@ class Fetcher:
             return Link(key, dealer, dealer, (monitor_of(dealer, WATCHED),), state, self._clock(), None)
         name = new_link()
         dealer = open_dealer(self._context, control, size, keys=self._keys, link=name)
-        inbound = open_dealer(self._context, bulk, size, link=name)
+        try:
+            inbound = open_dealer(self._context, bulk, size, link=name)
+        except zmq.ZMQError:
+            dealer.close()
+            raise
         inbound.send(hello(self._keys.transfer, name))
         monitors = (monitor_of(dealer, WATCHED | DENIED), monitor_of(inbound, WATCHED))
         opener = Opener(self._keys.transfer, name, self._pool)
@@ -369,7 +373,7 @@ class Fetcher:
                 return
 
     def _lose(self, link: Link, detail: str) -> None:
-        if link.key in self._links:
+        if self._links.get(link.key) is link:
             self._apply(link, fs.PeerLost(detail))
             self._close(link)
 

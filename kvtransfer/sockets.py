@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-from urllib.parse import urlsplit
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -36,11 +35,11 @@ COPY_BELOW = 1 << 16
 """Sending a frame without a copy costs more than copying it below this size."""
 HELLO_LIMIT = 64
 HELLO_QUEUE = 64
-WILDCARDS = ("*", "0.0.0.0", "::")
+WILDCARDS = ("tcp://*:", "tcp://0.0.0.0:", "tcp://[::]:")
 LOST = zmq.EVENT_DISCONNECTED
 DENIED = HANDSHAKE_FAILED
 RETRIED = zmq.EVENT_CONNECT_RETRIED
-_SEALED = re.compile(r"(tcp://[^/\s]+):(\d{1,5})/(\d{1,5})")
+_SEALED = re.compile(r"(tcp://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])):(\d{1,5})/(\d{1,5})")
 
 
 class DialRefused(KvmeshError):
@@ -60,7 +59,7 @@ def _configure(socket: Socket, block_bytes: int) -> None:
 def open_router(context: Context, address: str, block_bytes: int, keys: Keys | None) -> tuple[Socket, str]:
     """A bound socket for fetchers and the address it really has. Raises `StartupError`."""
     check_address("--kv-bind", address, keys)
-    if address.startswith("tcp:") and (urlsplit(address).hostname or "") in WILDCARDS:
+    if address.startswith(WILDCARDS):
         raise StartupError(f"--kv-bind {address}: other workers cannot dial a wildcard; give one address", EXIT_USAGE)
     socket: Socket = context.socket(zmq.ROUTER)
     _configure(socket, block_bytes)
@@ -116,7 +115,7 @@ def addresses(kv_address: str, keys: Keys | None) -> tuple[str, str]:
         if keys is not None:
             raise DialRefused(f"{kv_address}: this worker has --keys and that one does not encrypt")
         if not is_loopback(kv_address):
-            raise DialRefused(f"{kv_address}: KV blocks would leave this machine unencrypted")
+            raise DialRefused(f"{kv_address}: not loopback, so KV blocks would leave this machine unencrypted")
     return kv_address, ""
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ipaddress
 import re
 import threading
-from urllib.parse import urlsplit
 
 import zmq
 from zmq.utils import z85
@@ -19,6 +18,8 @@ from mesh.keys import Keys
 
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 DOMAIN = b"kvmesh"
+TCP = re.compile(r"tcp://(\*|[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(\d{1,5}|\*)")
+"""One host and one port. ZeroMQ also knows `tcp://FROM;TO`, of which only FROM might be loopback."""
 HANDSHAKE_MS = 2000
 """A connection that has not proved its key by then is closed."""
 HANDSHAKE_FAILED = (
@@ -34,7 +35,8 @@ def is_ipc(address: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    host = urlsplit(address).hostname or ""
+    found = TCP.fullmatch(address)
+    host = found[1].strip("[]") if found is not None else ""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -45,7 +47,7 @@ def check_address(flag: str, address: str, keys: Keys | None) -> None:
     """`ipc`, `tcp` on loopback, or with keys any `tcp`. Raises `StartupError` with the flag's name."""
     if is_ipc(address):
         return
-    if re.fullmatch(r"tcp://[^/\s]+:(\d+|\*)", address) is None:
+    if TCP.fullmatch(address) is None:
         raise StartupError(f"{flag} {address}: neither ipc://PATH nor tcp://HOST:PORT", EXIT_USAGE)
     if keys is None and not is_loopback(address):
         raise StartupError(
@@ -93,16 +95,15 @@ class Authenticator:
         self._thread.start()
 
     def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._stopped, zmq.POLLIN)
-        while True:
-            ready = {socket for socket, _ in poller.poll()}
-            if self._stopped in ready:
-                break
-            self._socket.send_multipart(self._answer(self._socket.recv_multipart()))
-        self._socket.close()  # from now on every connection is refused
-        self._stopped.close()
+        try:
+            poller = zmq.Poller()
+            poller.register(self._socket, zmq.POLLIN)
+            poller.register(self._stopped, zmq.POLLIN)
+            while self._stopped not in {socket for socket, _ in poller.poll()}:
+                self._socket.send_multipart(self._answer(self._socket.recv_multipart()))
+        finally:  # however it ended: from now on every connection is refused, and the context can be closed
+            self._socket.close()
+            self._stopped.close(linger=0)
 
     def _answer(self, request: list[bytes]) -> list[bytes]:
         """One request of RFC 27: version, id, domain, address, identity, mechanism, credentials."""

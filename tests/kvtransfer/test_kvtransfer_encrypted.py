@@ -146,10 +146,28 @@ def test_a_holder_that_closes_ends_the_fetch_at_once(tmp_path: Path, keys: Keys)
         assert pair.finish(T).outcome == "peer_lost"
 
 
-@pytest.mark.parametrize("address", ["tcp://10.1.2.3:7000", "tcp://kv.example:7000"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "tcp://10.1.2.3:7000",
+        "tcp://kv.example:7000",
+        "tcp://127.0.0.1:0;10.1.2.3:7000",
+        "tcp://127.0.0.1@10.1.2.3:7000",
+        "tcp://127.0.0.1.example:7000",
+    ],
+)
 def test_without_keys_no_other_machine_is_dialled(address: str) -> None:
     with pytest.raises(DialRefused, match="unencrypted"):
         addresses(address, None)
+
+
+@pytest.mark.parametrize("ports", ["1/99999", "99999/1", "0/0"])
+def test_ports_that_are_none_are_a_lost_peer(tmp_path: Path, keys: Keys, ports: str) -> None:
+    with encrypted(tmp_path, keys, keys) as pair:
+        peer = replace(pair.holder.endpoint.peer, kv_address=f"tcp://127.0.0.1:{ports}")
+        pair.fetcher.endpoint.fetch(T, 1, peer, "", wanted([0]), 60)
+        ended = pair.finish(T)
+        assert (ended.outcome, ended.missing) == ("peer_lost", (0,))
 
 
 @pytest.mark.parametrize("bind", ["tcp://0.0.0.0:0", "tcp://*:7000", "tcp://[::]:7000"])

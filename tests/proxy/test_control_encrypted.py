@@ -124,7 +124,7 @@ def test_a_dead_authenticator_lets_nobody_in(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
-@pytest.mark.parametrize("address", ["tcp://10.1.2.3:7400", "tcp://*:7400", "tcp://proxy.example:7400"])
+@pytest.mark.parametrize("address", ["tcp://10.1.2.3:7400", "tcp://*:7400", "tcp://a.example:7400"])
 def test_without_keys_nothing_leaves_this_machine(address: str) -> None:
     control = ControlSocket("proxy-0", 5, "elsewhere", Known())
     with pytest.raises(StartupError, match="without --keys") as refused:
@@ -136,7 +136,9 @@ def test_without_keys_nothing_leaves_this_machine(address: str) -> None:
     context.term()
 
 
-@pytest.mark.parametrize("address", ["udp://127.0.0.1:1", "x", "tcp://127.0.0.1", "ipc://", "tcp://h:1 tcp://g:2"])
+@pytest.mark.parametrize(
+    "address", ["udp://127.0.0.1:1", "x", "tcp://127.0.0.1", "ipc://", "tcp://127.0.0.1:0;10.1.2.3:74"]
+)
 def test_an_address_of_no_kind_is_refused(address: str, tmp_path: Path) -> None:
     control = Door(tmp_path / "keys").control
     with pytest.raises(StartupError, match="neither ipc"):
