@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import zmq
 
-from kvtransfer import channel
+from kvtransfer import channel, sealing
 from kvtransfer.channel import LINK_BYTES, Opener, Sealer, Unsealable
 from kvtransfer.endpoint import WantedChanged
 from kvtransfer.sockets import DialRefused, addresses
 from kvtransfer.transports.pool import BufferPool
 from mesh.errors import StartupError
 from mesh.keys import WORKER, Keys, create, load
-from tests.kvtransfer.pairs import Pair, content, encrypted, name, transfer_id, wanted
+from tests.kvtransfer.pairs import LAYOUT, Pair, content, encrypted, name, transfer_id, wanted
 from tests.kvtransfer.test_kvtransfer_faults import endpoint_at
 
 T = transfer_id(1)
@@ -159,6 +159,51 @@ def test_a_holder_that_closes_ends_the_fetch_at_once(tmp_path: Path, keys: Keys)
 def test_without_keys_no_other_machine_is_dialled(address: str) -> None:
     with pytest.raises(DialRefused, match="unencrypted"):
         addresses(address, None)
+
+
+def test_strangers_on_the_bulk_port_are_counted_and_others_are_served(tmp_path: Path, keys: Keys) -> None:
+    with encrypted(tmp_path, keys, keys) as pair:
+        _, bulk = addresses(pair.holder.endpoint.peer.kv_address, keys)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        with context.socket(zmq.DEALER) as stranger:
+            stranger.linger = 0
+            stranger.connect(bulk)
+            hostile = [[b""], [b"x"] * 9, [secrets.token_bytes(32)], [channel.hello(FLEET, LINK)]]
+            for frames in hostile:
+                stranger.send_multipart(frames)
+            pair.run(lambda: pair.holder.endpoint.stats().dropped.get("hello", 0) >= len(hostile))
+            assert stranger.poll(1000)
+            assert stranger.recv_multipart() == [channel.REFUSED]
+        context.term()
+        fetched(pair, range(3))
+
+
+def test_a_frame_too_long_for_a_hello_ends_the_strangers_connection(tmp_path: Path, keys: Keys) -> None:
+    with encrypted(tmp_path, keys, keys) as pair:
+        _, bulk = addresses(pair.holder.endpoint.peer.kv_address, keys)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        stranger = context.socket(zmq.DEALER)
+        monitor = stranger.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        stranger.connect(bulk)
+        stranger.send(bytes(1 << 20))
+        assert monitor.poll(5000)
+        stranger.disable_monitor()
+        monitor.close(linger=0)
+        stranger.close(linger=0)
+        context.term()
+        fetched(pair, range(3))
+
+
+def test_sessions_are_bounded_and_the_oldest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sealing, "MAX_SESSIONS", 3)
+    sessions = sealing.Sealing(FLEET, LAYOUT)
+    links = [bytes([n + 1]) * LINK_BYTES for n in range(5)]
+    for link in links:
+        assert sessions.greet(link, channel.hello(FLEET, link)) is not None
+    assert [sessions.seal(link, b"x", None) is not None for link in links] == [False, False, True, True, True]
+    sessions.forget(links[4])
+    assert sessions.seal(links[4], b"x", None) is None
+    assert sessions.greet(links[0], channel.hello(FLEET, links[1])) is None
 
 
 @pytest.mark.parametrize("ports", ["1/99999", "99999/1", "0/0"])
