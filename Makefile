@@ -1,8 +1,9 @@
 # make up    install into .venv and serve the demo model     (MODEL=DIR and FLAGS='--decode 2' change that)
 # make test  the same set-up, then all tests
-# make fuzz  a million damaged frames for every decoder
 # make lint  ruff and mypy
 # make test-clients   other people's clients (langchain, guidellm, aiperf, lm-eval), each in an environment of its own
+# make fuzz  a million damaged frames for the decoders, 20,000 requests drawn from the API's own description, and as many
+#            to a real service
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -32,13 +33,15 @@ $(VENV)/clients/%: tests/clients/requirements/%.txt
 	$@/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-fuzz: $(INSTALLED_DEV)
-	$(BIN)/python -m tests.fuzz_frames
-
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(INSTALLED_DEV)
+	$(BIN)/python -m tests.fuzz_frames
+	$(BIN)/python -m tests.fuzz --requests 20000
+	$(BIN)/python -m tests.fuzz --requests 20000 --seed 1 --service
 
 clean:
 	rm -rf $(VENV)

@@ -106,6 +106,8 @@ class EngineRequest:
 
         Raises `GrammarError` when the grammar cannot be followed.
         """
+        if self.thought is None and self.matcher is None:
+            return None
         thought, output = self.thought, self.tokens[self.num_prompt_tokens :]
         if thought is not None:
             thought.follow(output)

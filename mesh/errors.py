@@ -51,7 +51,7 @@ class RequestError(KvmeshError):
         type: str = "invalid_request_error",
         code: str | None = None,
         param: str | None = None,
-        retry_after: int | None = None,
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status

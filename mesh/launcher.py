@@ -196,6 +196,7 @@ def mesh_facts(launch: Launch, supervisor: Supervisor) -> MeshFacts:
         proxy_pid=pids["proxy"],
         seconds=time.monotonic() - supervisor.started,
         workers=workers,
+        keyed=bool(launch.proxy.api_key_file or launch.proxy.tenants),
     )
 
 

@@ -33,11 +33,15 @@ class MeshFacts:
     proxy_pid: int
     seconds: float
     workers: Sequence[WorkerRow]
+    keyed: bool = False
+    """Clients must send a key."""
 
 
 def start_screen(mesh: MeshFacts) -> list[str]:
     """Lines of at most a terminal's width, but for the command to copy."""
     chat = "kvmesh chat" if mesh.url == DEFAULT_URL else f"kvmesh chat --url {mesh.url}"
+    chat += " --api-key-file FILE" if mesh.keyed else ""
+    key = " -H 'authorization: Bearer KEY'" if mesh.keyed else ""
     body = json.dumps(
         {"model": mesh.model, "messages": [{"role": "user", "content": "Hello"}], "stream": True},
         separators=(",", ":"),
@@ -52,7 +56,7 @@ def start_screen(mesh: MeshFacts) -> list[str]:
         f"  store    {mesh.store}",
         "",
         f"  try      {chat} Hello",
-        f"           curl -N {mesh.url}/v1/chat/completions -H 'content-type: application/json' \\",
+        f"           curl -N {mesh.url}/v1/chat/completions -H 'content-type: application/json'{key} \\",
         f"             -d {shlex.quote(body)}",
         "  stop     Ctrl-C finishes what runs and stops; a second Ctrl-C stops at once",
         "",

@@ -79,6 +79,13 @@ class ProxySettings:
         "think, qwen3, deepseek_r1, mistral",
         "auto",
     )
+    tool_call_parser: str = _flag(
+        "how the model writes tool calls: auto (by its chat template) or a name such as hermes, "
+        "llama3_json, qwen3_coder",
+        "auto",
+    )
+    api_key_file: str = _flag("file with an API key per line, of which clients must send one (default: none)", "")
+    tenants: str = _flag("TOML file of tenants: their keys, models and limits (default: none)", "")
     max_body_bytes: int = _flag("largest request body", 10 << 20, minimum=1)
     max_concurrent_requests: int = _flag("requests in flight; more get 503", 2048, minimum=1)
     request_timeout: float = _flag("seconds one request may take", 600.0, above=0.0)
@@ -112,6 +119,7 @@ class ChatSettings:
     message: tuple[str, ...] = _flag("one message; none: a conversation", (), positional=True)
     url: str = _flag("the server", "http://127.0.0.1:8000")
     model: str = _flag("model name (default: the first that the server lists)", "")
+    api_key_file: str = _flag("file whose first line is the API key to send", "")
     system: str = _flag("system message", "")
     max_tokens: int = _flag("longest answer in tokens", 512, minimum=1)
     temperature: float = _flag("0 is greedy, -1 what the model's generation_config.json says", -1.0, minimum=-1.0)
@@ -125,6 +133,7 @@ class CompleteSettings:
     prompt: tuple[str, ...] = _flag("text to continue; none: standard input", (), positional=True)
     url: str = _flag("the server", "http://127.0.0.1:8000")
     model: str = _flag("model name (default: the first that the server lists)", "")
+    api_key_file: str = _flag("file whose first line is the API key to send", "")
     max_tokens: int = _flag("longest continuation in tokens", 64, minimum=1)
     temperature: float = _flag("0 is greedy", 0.0, minimum=0.0)
     quiet: bool = _flag("print the continuation alone", False)

@@ -26,19 +26,20 @@ class ApiError(StartupError):
         super().__init__(message, EXIT_REQUEST)
 
 
-def get(url: str, path: str) -> Any:
+def get(url: str, path: str, key: str = "") -> Any:
     """The JSON at `path`. Raises `StartupError`."""
     with closing(_connection(url)) as connection:
-        response = _request(connection, url, "GET", path, None, {})
+        response = _request(connection, url, "GET", path, None, _authorization(key))
         return _json(_bounded(response))
 
 
-def stream(url: str, path: str, body: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
+def stream(url: str, path: str, body: Mapping[str, Any], key: str = "") -> Generator[dict[str, Any], None, None]:
     """The events of a streamed request, one by one as they arrive; closing the iterator ends the request.
 
     Raises `StartupError` when the server refuses, sends an error event, or breaks off before `[DONE]`.
     """
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "x-kvmesh-route": "1"}
+    headers |= _authorization(key)
     with closing(_connection(url)) as connection:
         response = _request(connection, url, "POST", path, json.dumps(body).encode(), headers)
         try:
@@ -66,6 +67,10 @@ def events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
                 raise ApiError(_error_text(event, "the server ended the answer with an error"))
             yield event
     raise ApiError("the server ended its answer early")
+
+
+def _authorization(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _connection(url: str) -> http.client.HTTPConnection:

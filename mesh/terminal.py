@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from mesh import options, sse
+from mesh.apikeys import read_keys
 from mesh.errors import EXIT_USAGE, StartupError
 from mesh.settings import ChatSettings, CompleteSettings
 from mesh.startup import EXIT_INTERRUPTED
@@ -79,7 +80,7 @@ def chat(argv: Sequence[str]) -> int:
     settings = options.parse(
         ChatSettings, argv, prog="kvmesh chat", description="Talk to a running mesh; without MESSAGE, converse."
     )
-    model = settings.model or first_model(settings.url)
+    model = settings.model or first_model(settings.url, key_of(settings))
     messages = [{"role": "system", "content": settings.system}] if settings.system else []
     if not settings.message and sys.stdin.isatty():
         return converse(settings, model, messages)
@@ -101,18 +102,23 @@ def complete(argv: Sequence[str]) -> int:
     if not prompt:
         raise StartupError('give a text: kvmesh complete "Once upon a time"', EXIT_USAGE)
     body = {
-        "model": settings.model or first_model(settings.url),
+        "model": settings.model or first_model(settings.url, key_of(settings)),
         "prompt": prompt,
         "max_tokens": settings.max_tokens,
         "temperature": settings.temperature,
     }
-    show(settings.url, "/v1/completions", body, settings.quiet, sys.stdout)
+    show(settings, "/v1/completions", body, sys.stdout)
     return 0
 
 
-def first_model(url: str) -> str:
+def key_of(settings: ChatSettings | CompleteSettings) -> str:
+    """The API key to send; empty for none."""
+    return read_keys(settings.api_key_file)[0] if settings.api_key_file else ""
+
+
+def first_model(url: str, key: str) -> str:
     """The model that the server lists first."""
-    match sse.get(url, "/v1/models"):
+    match sse.get(url, "/v1/models", key):
         case {"data": [{"id": str(name)}, *_]}:
             return name
         case _:
@@ -148,14 +154,14 @@ def say(settings: ChatSettings, model: str, messages: list[dict[str, str]], out:
     body: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": settings.max_tokens}
     if settings.temperature >= 0:
         body["temperature"] = settings.temperature
-    return show(settings.url, "/v1/chat/completions", body, settings.quiet, out)
+    return show(settings, "/v1/chat/completions", body, out)
 
 
-def show(url: str, path: str, body: dict[str, Any], quiet: bool, out: TextIO) -> str:
+def show(settings: ChatSettings | CompleteSettings, path: str, body: dict[str, Any], out: TextIO) -> str:
     """Prints the streamed text to `out` and its summary to stderr; returns the text."""
     answer = Answer()
     request = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    with closing(sse.stream(url, path, request)) as events:
+    with closing(sse.stream(settings.url, path, request, key_of(settings))) as events:
         try:
             for piece in answer.read(events):
                 out.write(printable(piece) if out.isatty() else piece)
@@ -163,7 +169,7 @@ def show(url: str, path: str, body: dict[str, Any], quiet: bool, out: TextIO) ->
         finally:
             out.write("\n")
             out.flush()
-    if not quiet:
+    if not settings.quiet:
         print(f"[{answer.summary()}]", file=sys.stderr, flush=True)
     return "".join(answer.text)
 

@@ -43,8 +43,9 @@ Socket = zmq.Socket[bytes]
 class ControlHandler(Protocol):
     """Who acts on what workers say. Called from the event loop."""
 
-    def registered(self, info: WorkerInfo) -> bool:
-        """A worker introduces itself. False: it is not taken."""
+    def registered(self, info: WorkerInfo, *, moved: bool) -> bool:
+        """A worker introduces itself. `moved`: this incarnation was known on another connection. False: it is not
+        taken."""
 
     def heard(self, worker: Place, message: Any) -> None:
         """Any other message of a registered worker."""
@@ -194,9 +195,9 @@ class ControlSocket:
         place = Place(info.worker_id, info.incarnation)
         if sender != info.incarnation:
             raise BadFrame(f"{info.worker_id} introduces incarnation {info.incarnation} as {sender}")
-        if not self._handler.registered(info):
-            return
         before = self._names.get(place)
+        if not self._handler.registered(info, moved=before is not None and before != name):
+            return
         if before is not None:
             self._places.pop(before, None)
         owner = self._places.get(name)

@@ -82,8 +82,8 @@ class Fleet:
         known = self.pool.get(worker)
         return known.peer if known is not None else None
 
-    def registered(self, info: WorkerInfo) -> bool:
-        outcome = self.pool.register(info, self._clock())
+    def registered(self, info: WorkerInfo, *, moved: bool) -> bool:
+        outcome = self.pool.register(info, self._clock(), moved=moved)
         if not outcome.accepted:
             self._complain(info.worker_id, outcome.reason)
             return False

@@ -37,7 +37,7 @@ PHASE_S = (
 TOKENS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
 CHOICES = (1, 2, 5, 10, 20)
 OUTCOMES = ("stop", "length", "abort", "error")
-REJECTIONS = ("max_num_queued_reqs", "no_capacity", "draining")
+REJECTIONS = ("max_num_queued_reqs", "no_capacity", "draining", "quota")
 METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"})
 
 
@@ -115,6 +115,12 @@ class ProxyMetrics:
             ("model_name", "reason"),
             registry=self.registry,
         )
+        self._tenant_tokens = Counter(
+            "kvmesh:tenant_tokens_total",
+            "Tokens of a tenant's prompts and answers.",
+            ("model_name", "tenant", "kind"),
+            registry=self.registry,
+        )
         for outcome in OUTCOMES:
             self._success.labels(model_name, outcome)
         for reason in REJECTIONS:
@@ -129,8 +135,12 @@ class ProxyMetrics:
             registry=self.registry,
         )
 
-    def observe(self, record: RequestRecord) -> None:
-        """A request that reached the dispatcher has ended, in whatever way."""
+    def observe(self, record: RequestRecord, tenant: str) -> None:
+        """A request that reached the dispatcher has ended, in whatever way. `tenant`: a name that the operator gave,
+        empty where there are none."""
+        if tenant:
+            self._tenant_tokens.labels(self._model, tenant, "prompt").inc(record.prompt_tokens)
+            self._tenant_tokens.labels(self._model, tenant, "completion").inc(record.completion_tokens)
         for outcome in record.outcomes:
             self._success.labels(self._model, outcome).inc()
         self._n.observe(record.n)

@@ -17,7 +17,7 @@ from collections.abc import MutableMapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any, Protocol
 
 from starlette.responses import Response
@@ -25,7 +25,8 @@ from starlette.types import Receive, Scope, Send
 
 from mesh.errors import RequestError, internal_error
 from proxy.api.merge import Batch, merged
-from proxy.api.sse import Output, error_frames
+from proxy.api.sse import KEEP_ALIVE, Output, error_frames
+from proxy.api.tenants import Tenant
 from proxy.generation import Chunk, Generation, Route
 from proxy.metrics import ProxyMetrics, RequestRecord
 from proxy.text.choice import ChoiceText, Piece
@@ -85,6 +86,10 @@ class Sink(Protocol):
         expect another form overrides it; a failure before the first byte is an HTTP status and does not come here."""
         return error_frames(error)
 
+    def idle(self) -> bytes:
+        """What a stream that is silent sends, so that nobody on the way cuts it."""
+        return KEEP_ALIVE
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -100,6 +105,7 @@ class Job:
     choices: tuple[ChoiceText, ...]
     sink: Sink
     usage: Usage
+    tenant: Tenant
     stream: bool
     discard_output: bool = False
     """Only the prompt was asked for; the one token that the engine must generate is not part of the answer."""
@@ -121,7 +127,12 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         output = Output(send)
         pipe = scope.get(PIPE)
-        if pipe is not None and self._job.stream and len(self._job.choices) == 1 and self._job.choices[0].plain:
+        if (
+            pipe is not None
+            and self._job.stream
+            and len(self._job.choices) == 1
+            and self._job.choices[0].only_engine_ends
+        ):
             self._job.generations[0].offer(partial(self._pass_on, output, pipe))
         work = asyncio.create_task(self._answer(output))
         gone = asyncio.create_task(disconnected(receive))
@@ -131,6 +142,7 @@ class Answer(Response):
             else:
                 work.result()
         finally:
+            self._job.tenant.quota.end(self._job.usage.completion_tokens, monotonic())
             if self._open:
                 for generation in self._job.generations:
                     generation.abort("failed" if self._failed else "client_disconnected")
@@ -149,7 +161,7 @@ class Answer(Response):
             if done:
                 return work not in done
             if perf_counter() - output.last_write >= self._keep_alive_s:
-                await output.keep_alive()
+                await output.keep_alive(self._job.sink.idle())
 
     async def _answer(self, output: Output) -> None:
         try:
@@ -193,32 +205,36 @@ class Answer(Response):
         expected = chunk.finish is None and chunk.index == self._job.choices[0].num_tokens
         if not (expected and output.started and pipe.ready):
             return False
-        frames = self._take((0, [chunk]))
+        now = perf_counter()
+        frames = self._frames(0, chunk, now)
         if frames:
             pipe.write(frames)
-            output.last_write = perf_counter()
+            output.last_write = now
         return True
 
     def _take(self, batch: Batch) -> bytes:
         """The frames of chunks that arrived together."""
-        job, usage, now, frames = self._job, self._job.usage, perf_counter(), []
+        now = perf_counter()
         prompt, chunks = batch
-        for chunk in chunks:
-            number = prompt * job.n + chunk.choice
-            choice = job.choices[number]
-            if choice.finish is not None:
-                continue  # sent before the workers heard of the stop
-            piece = self._piece(choice, chunk)
-            self._time(number, now)
-            usage.completion_tokens += piece.num_tokens
-            if usage.reasoning_tokens is not None:
-                usage.reasoning_tokens += piece.num_reasoning_tokens
-            frames.append(job.sink.take(number, chunk, piece))
-            if piece.finish is not None:
-                self._open -= 1
-                if chunk.finish is None:
-                    job.generations[prompt].stop(chunk.choice)
-        return b"".join(frames)
+        return b"".join([self._frames(prompt, chunk, now) for chunk in chunks])
+
+    def _frames(self, prompt: int, chunk: Chunk, now: float) -> bytes:
+        job, usage = self._job, self._job.usage
+        number = prompt * job.n + chunk.choice
+        choice = job.choices[number]
+        if choice.finish is not None:
+            return b""  # sent before the workers heard of the stop
+        piece = self._piece(choice, chunk)
+        self._time(number, now)
+        usage.completion_tokens += piece.num_tokens
+        if usage.reasoning_tokens is not None:
+            usage.reasoning_tokens += piece.num_reasoning_tokens
+        frames = job.sink.take(number, chunk, piece)
+        if piece.finish is not None:
+            self._open -= 1
+            if chunk.finish is None:
+                job.generations[prompt].stop(chunk.choice)
+        return frames
 
     def _piece(self, choice: ChoiceText, chunk: Chunk) -> Piece:
         if self._job.discard_output:
@@ -248,7 +264,7 @@ class Answer(Response):
         self._record.outcomes = [choice.finish or unfinished for choice in self._job.choices]
         self._record.prompt_tokens = self._job.usage.prompt_tokens
         self._record.completion_tokens = self._job.usage.completion_tokens
-        self._metrics.observe(self._record)
+        self._metrics.observe(self._record, self._job.tenant.name)
 
 
 async def disconnected(receive: Receive) -> None:

@@ -11,10 +11,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from proxy.api.answer import Sink, Usage
+from proxy.api.answer_schemas import CHAT_CHUNK, CHAT_COMPLETION, RENDERED
 from proxy.api.conversation import prepare, respond
 from proxy.api.frames import Envelope, Frames, json_response, rendered
 from proxy.api.logprobs import Spelling, chat_entry, prompt_entry, prompt_logprobs_of
-from proxy.api.schemas import ChatBody, openapi_body
+from proxy.api.openapi import GENERATES, READS_BODY, operation
+from proxy.api.schemas import ChatBody
 from proxy.api.service import Service, new_id, unix_now
 from proxy.api.sse import compact, quoted
 from proxy.generation import Chunk, Route
@@ -41,7 +43,10 @@ class Shape:
 def chat_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", openapi_extra=openapi_body(ChatBody))
+    @router.post(
+        "/v1/chat/completions",
+        openapi_extra=operation(ChatBody, answer=CHAT_COMPLETION, events=CHAT_CHUNK, errors=GENERATES),
+    )
     async def create_chat_completion(request: Request) -> Response:
         """Answers a conversation, whole or as a stream of server-sent events."""
         arrived = perf_counter()
@@ -66,7 +71,7 @@ def chat_router(service: Service) -> APIRouter:
             sink = ChatDocument(envelope, shape, usage)
         return await respond(service, asked, envelope.id, arrived, sink, usage)
 
-    @router.post("/v1/chat/completions/render", openapi_extra=openapi_body(ChatBody))
+    @router.post("/v1/chat/completions/render", openapi_extra=operation(ChatBody, answer=RENDERED, errors=READS_BODY))
     async def render_chat_completion(request: Request) -> Response:
         """The prompt that a completion of this body would get, as token ids; nothing is generated."""
         asked = await prepare(service, await service.read(ChatBody, request))
@@ -108,6 +113,8 @@ class ChatStream(Sink):
         return frames
 
     def _after_text(self, chunk: Chunk, piece: Piece) -> str:
+        if not (self._shape.logprobs or self._shape.token_ids):
+            return PLAIN_END
         logprobs, token_ids = "null", ""
         if self._shape.logprobs:
             entries = [chat_entry(self._shape.spelling, t) for t in chunk.logprobs[: piece.num_tokens]]

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from mesh.errors import RequestError
 from proxy.api.answer import Sink, Usage
+from proxy.api.answer_schemas import COMPLETION, COMPLETION_CHUNK, RENDERED, listing
 from proxy.api.chat import ROUTE_HEADER
 from proxy.api.errors import unsupported
 from proxy.api.frames import Envelope, Frames, json_response, rendered
@@ -25,6 +26,7 @@ from proxy.api.logprobs import (
     prompt_logprobs_of,
     prompt_offsets,
 )
+from proxy.api.openapi import GENERATES, READS_BODY, operation
 from proxy.api.sampling import (
     check_min_tokens,
     check_prompt_logprobs,
@@ -35,7 +37,7 @@ from proxy.api.sampling import (
     token_budget,
     truncated,
 )
-from proxy.api.schemas import CompletionBody, openapi_body
+from proxy.api.schemas import CompletionBody
 from proxy.api.service import Service, new_id, unix_now
 from proxy.api.sse import compact
 from proxy.api.structured import output_constraint
@@ -77,7 +79,10 @@ class Shape:
 def completions_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions", openapi_extra=openapi_body(CompletionBody))
+    @router.post(
+        "/v1/completions",
+        openapi_extra=operation(CompletionBody, answer=COMPLETION, events=COMPLETION_CHUNK, errors=GENERATES),
+    )
     async def create_completion(request: Request) -> Response:
         """Continues one or several prompts, whole or as a stream of server-sent events."""
         arrived = perf_counter()
@@ -118,7 +123,10 @@ def completions_router(service: Service) -> APIRouter:
             discard_output=discard,
         )
 
-    @router.post("/v1/completions/render", openapi_extra=openapi_body(CompletionBody))
+    @router.post(
+        "/v1/completions/render",
+        openapi_extra=operation(CompletionBody, answer=listing(RENDERED), errors=READS_BODY),
+    )
     async def render_completion(request: Request) -> Response:
         """The prompts that a completion of this body would get, as token ids; nothing is generated."""
         body, prompts, _ = await _read(service, request)

@@ -9,7 +9,7 @@ from mesh.errors import RequestError
 from proxy.api.answer import Answer, Sink, Usage
 from proxy.api.errors import unsupported
 from proxy.api.messages import template_messages
-from proxy.api.reasoning import Reasoning, reasoning_of
+from proxy.api.reasoning import Reasoning, check_own_channel, reasoning_of
 from proxy.api.sampling import (
     check_min_tokens,
     check_prompt_logprobs,
@@ -46,14 +46,20 @@ class Asked:
     """None: no part of the output is thinking."""
 
     def usage(self) -> Usage:
-        return Usage(prompt_tokens=len(self.tokens), reasoning_tokens=None if self.reasoning is None else 0)
+        counted = thinks_apart(self.tools) or (self.reasoning is not None and self.reasoning.delivery is not None)
+        return Usage(prompt_tokens=len(self.tokens), reasoning_tokens=0 if counted else None)
+
+
+def thinks_apart(tools: Tools | None) -> bool:
+    """The format of calls is one that has its own place for what the model thinks."""
+    return tools is not None and tools.format.always
 
 
 async def prepare(service: Service, body: ChatBody) -> Asked:
     """Raises `RequestError` for what cannot be served; nothing is generated yet."""
     check_chat(body)
     service.check_priority(body.priority)
-    tools = offered_tools(body, service.tokenizer)
+    tools = offered_tools(body, service.tokenizer, service.tool_format)
     constraint = tools.constraint if tools else output_constraint(body)
     max_model_len = service.facts().max_model_len
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
@@ -61,8 +67,11 @@ async def prepare(service: Service, body: ChatBody) -> Asked:
     tokens = truncated(body, tokens, limit, max_model_len)
     check_prompt_logprobs(body, len(tokens))
     budget = token_budget(limit, len(tokens), max_model_len, "messages")
-    constrained = constraint is not None
-    reasoning = reasoning_of(body, service.reasoning, service.tokenizer, tokens, constrained=constrained)
+    apart = thinks_apart(tools)
+    if apart:
+        check_own_channel(body)
+    format = None if apart else service.reasoning
+    reasoning = reasoning_of(body, format, service.tokenizer, tokens, constrained=constraint is not None)
     return Asked(body, tools, tokens, budget, constraint, reasoning)
 
 

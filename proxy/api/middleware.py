@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mesh.errors import RequestError, internal_error
 from proxy.api import requestid
 from proxy.api.answer import CLIENT_LEFT
+from proxy.api.anthropic_errors import speaks_anthropic
 from proxy.api.door import Door
 from proxy.api.errors import error_response
 from proxy.metrics import ProxyMetrics
@@ -37,13 +38,16 @@ class Edge:
             return
         started = perf_counter()
         requestid.begin(scope)
+        id_headers = [requestid.HEADER, *(["request-id"] if speaks_anthropic(scope["path"]) else [])]
         status = 0
 
         async def labelled(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[requestid.HEADER] = scope[requestid.KEY]
+                headers = MutableHeaders(scope=message)
+                for name in id_headers:
+                    headers[name] = scope[requestid.KEY]
             await send(message)
 
         try:
@@ -54,7 +58,7 @@ class Edge:
             logger.exception("%s %s (%s) failed", scope["method"], handler_of(scope), scope[requestid.KEY])
             if status:
                 raise  # too late for a status: the server cuts the connection
-            await error_response(internal_error())(scope, receive, labelled)
+            await error_response(internal_error(), scope)(scope, receive, labelled)
         finally:
             code = CLIENT_CLOSED if scope.get(CLIENT_LEFT) else status or 500
             self._metrics.observe_http(handler_of(scope), scope["method"], code, perf_counter() - started)
@@ -76,7 +80,7 @@ class Admission:
             self._door.enter()
         except RequestError as error:
             self._metrics.count_rejection("draining" if error.code == "draining" else "max_num_queued_reqs")
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)
@@ -97,7 +101,7 @@ class BodyLimit:
             return
         announced = Headers(scope=scope).get("content-length", "0")
         if announced.isdigit() and int(announced[:20]) > self._limit:
-            await error_response(self._too_large())(scope, receive, send)
+            await error_response(self._too_large(), scope)(scope, receive, send)
             return
         received = 0
 

@@ -69,6 +69,14 @@ def reasoning_of(
     return Reasoning(format, opened, delivery, marks, thinking)
 
 
+def check_own_channel(body: ChatBody) -> None:
+    """For a model that thinks in a channel of its own (harmony): the split cannot be undone, nor be put off. Raises
+    `RequestError` 400."""
+    for name in ("separate_reasoning", "stream_reasoning"):
+        if getattr(body, name) is False:
+            raise unsupported(name, "this model thinks in a channel of its own")
+
+
 def _delivery(body: ChatBody) -> Delivery | None:
     if body.separate_reasoning is False:
         return None

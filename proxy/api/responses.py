@@ -16,23 +16,55 @@ from proxy.api.conversation import Asked, prompt_tokens, respond
 from proxy.api.door import Door
 from proxy.api.frames import json_response
 from proxy.api.logprobs import Spelling
+from proxy.api.openapi import GENERATES, READS_BODY, operation, query_parameter
+from proxy.api.responses_answer_schemas import COUNTED, DELETED, EVENT, ITEMS, RESPONSE
 from proxy.api.responses_background import Background, Followed, keep
 from proxy.api.responses_body import ResponsesBody, check_responses
 from proxy.api.responses_items import Item, ItemIds
 from proxy.api.responses_object import ResponseObject, response_object
 from proxy.api.responses_output import Output
-from proxy.api.responses_query import ItemQuery, StreamQuery, item_page
+from proxy.api.responses_query import MAX_LIMIT, ItemQuery, StreamQuery, item_page
 from proxy.api.responses_request import asked_of, chat_body, own_names
 from proxy.api.responses_state import conversation_items, kept
 from proxy.api.responses_store import Record, ResponseStore, new_response_id
 from proxy.api.responses_stream import ResponseDocument, ResponseSink, ResponseStream
-from proxy.api.schemas import openapi_body, validate
+from proxy.api.schemas import validate
 from proxy.api.service import Service, unix_now
+from proxy.api.tenants import current
 from proxy.api.tools import offered_tools
 
 CANCEL_WAIT_S = 5.0
 """For a run to end, here or at another proxy, before a cancel answers with what is known."""
 CANCEL_LOOK_S = 0.1
+
+
+CREATE = operation(ResponsesBody, answer=RESPONSE, events=EVENT, errors=GENERATES)
+INPUT_TOKENS = operation(ResponsesBody, answer=COUNTED, errors=READS_BODY)
+ID = {"name": "response_id", "in": "path", "required": True, "schema": {"type": "string"}}
+STORED = (404, 503)
+"""What an operation on a stored response adds: it may not be there, or the store may not."""
+RETRIEVE = operation(
+    answer=RESPONSE,
+    events=EVENT,
+    errors=(400, *STORED),
+    parameters=(
+        ID,
+        query_parameter("stream", {"enum": ["true", "false"]}),
+        query_parameter("starting_after", {"type": "integer", "minimum": 0}),
+    ),
+)
+CANCEL = operation(answer=RESPONSE, errors=(400, *STORED), parameters=(ID,))
+DELETE = operation(answer=DELETED, errors=STORED, parameters=(ID,))
+INPUT_ITEMS = operation(
+    answer=ITEMS,
+    errors=(400, *STORED),
+    parameters=(
+        ID,
+        query_parameter("limit", {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT}),
+        query_parameter("order", {"enum": ["asc", "desc"]}),
+        query_parameter("after", {"type": "string"}),
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +95,7 @@ def responses_router(service: Service, store: ResponseStore, door: Door) -> APIR
     router = APIRouter()
     background = Background(store, door)
 
-    @router.post("/v1/responses", openapi_extra=openapi_body(ResponsesBody))
+    @router.post("/v1/responses", openapi_extra=CREATE)
     async def create_response(request: Request) -> Response:
         """Answers an input, whole, as a stream of server-sent events, or later."""
         arrived = perf_counter()
@@ -74,7 +106,7 @@ def responses_router(service: Service, store: ResponseStore, door: Door) -> APIR
         answer = await plan.answer(service, sink)
         return Kept(answer, store, plan.items, sink) if plan.body.stored else answer
 
-    @router.post("/v1/responses/input_tokens", openapi_extra=openapi_body(ResponsesBody))
+    @router.post("/v1/responses/input_tokens", openapi_extra=INPUT_TOKENS)
     async def count_input_tokens(request: Request) -> Response:
         """How many tokens the prompt of such a response has; nothing is generated."""
         fields = {"model": service.model_name, **await service.read_json(request)}
@@ -84,13 +116,14 @@ def responses_router(service: Service, store: ResponseStore, door: Door) -> APIR
         items = await conversation_items(store, body, ItemIds(new_response_id()))
         with own_names():
             chat = chat_body(body, items)
-            offered_tools(chat, service.tokenizer)
+            offered_tools(chat, service.tokenizer, service.tool_format)
             tokens = await prompt_tokens(service, chat, bounded=False)
         return json_response({"object": "response.input_tokens", "input_tokens": len(tokens)})
 
-    @router.get("/v1/responses/{response_id}")
-    async def retrieve_response(response_id: str, request: Request) -> Response:
+    @router.get("/v1/responses/{response_id}", openapi_extra=RETRIEVE)
+    async def retrieve_response(request: Request) -> Response:
         """A response that was stored; or the events of one in the background, from any number on."""
+        response_id = request.path_params["response_id"]
         query = StreamQuery.of(request.query_params)
         record = await kept(store, response_id)
         if not query.stream:
@@ -105,9 +138,10 @@ def responses_router(service: Service, store: ResponseStore, door: Door) -> APIR
             )
         return Followed(run, query.first, service.keep_alive_s)
 
-    @router.post("/v1/responses/{response_id}/cancel")
-    async def cancel_response(response_id: str) -> Response:
+    @router.post("/v1/responses/{response_id}/cancel", openapi_extra=CANCEL)
+    async def cancel_response(request: Request) -> Response:
         """Ends a response in the background; one that has ended stays as it is."""
+        response_id = request.path_params["response_id"]
         record = await kept(store, response_id)
         if not record.response["background"]:
             raise RequestError(400, "Only a response in the background can be cancelled.", param="response_id")
@@ -115,9 +149,10 @@ def responses_router(service: Service, store: ResponseStore, door: Door) -> APIR
             record = await _cancelled(store, background, response_id)
         return json_response(record.response)
 
-    @router.delete("/v1/responses/{response_id}")
-    async def delete_response(response_id: str) -> Response:
+    @router.delete("/v1/responses/{response_id}", openapi_extra=DELETE)
+    async def delete_response(request: Request) -> Response:
         """Forgets a response; one that still runs is cancelled."""
+        response_id = request.path_params["response_id"]
         record = await kept(store, response_id)
         await store.delete(response_id)
         if background.stop(response_id) is None and record.alive:
@@ -125,11 +160,12 @@ def responses_router(service: Service, store: ResponseStore, door: Door) -> APIR
         background.forget(response_id)
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
-    @router.get("/v1/responses/{response_id}/input_items")
-    async def list_input_items(response_id: str, request: Request) -> Response:
+    @router.get("/v1/responses/{response_id}/input_items", openapi_extra=INPUT_ITEMS)
+    async def list_input_items(request: Request) -> Response:
         """What the model was given, the responses before this one included; without the instructions."""
         query = ItemQuery.of(request.query_params)
-        return json_response(item_page((await kept(store, response_id)).input, query))
+        record = await kept(store, request.path_params["response_id"])
+        return json_response(item_page(record.input, query))
 
     return router
 
@@ -160,7 +196,7 @@ async def _in_background(
     sink = plan.stream()
     deadline = time() + service.settings.request_timeout
     queued = sink.document
-    record = Record(queued, plan.items, deadline)
+    record = Record(queued, plan.items, deadline, current.get().name)
     if plan.body.stream:
         background.check_room()
     door.enter()
@@ -208,7 +244,8 @@ class Kept(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def keeping(message: Message) -> None:
             if message["type"] == "http.response.body" and not message.get("more_body"):
-                await keep(self._store, Record(self._sink.document, self._items), new=True)
+                record = Record(self._sink.document, self._items, tenant=current.get().name)
+                await keep(self._store, record, new=True)
             await send(message)
 
         await self._answer(scope, receive, keeping)

@@ -234,7 +234,7 @@ class Followed(Response):
                 timeout = max(0.0, output.last_write + self._keep_alive_s - perf_counter())
                 await asyncio.wait({copy, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 if not copy.done() and perf_counter() - output.last_write >= self._keep_alive_s:
-                    await output.keep_alive()
+                    await output.keep_alive(KEEP_ALIVE)
             if not copy.done():
                 scope[CLIENT_LEFT] = True
         finally:

@@ -15,7 +15,41 @@ MAX_LABEL_CHARS = 512
 """Labels of the client's are repeated in every answer and kept with it."""
 LOGPROBS = "message.output_text.logprobs"
 
-INPUT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
+TEXT = {"type": "string"}
+PARTS = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["type", "text"],
+        "properties": {"type": {"enum": ["input_text", "output_text"]}, "text": TEXT},
+    },
+}
+MESSAGE_SCHEMA = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {
+        "type": {"const": "message"},
+        "role": {"enum": ["user", "assistant", "system", "developer"]},
+        "content": {"anyOf": [TEXT, PARTS]},
+    },
+}
+CALL_SCHEMA = {
+    "type": "object",
+    "required": ["type", "call_id", "name", "arguments"],
+    "properties": {"type": {"const": "function_call"}, "call_id": TEXT, "name": TEXT, "arguments": TEXT},
+}
+OUTPUT_SCHEMA = {
+    "type": "object",
+    "required": ["type", "call_id", "output"],
+    "properties": {"type": {"const": "function_call_output"}, "call_id": TEXT, "output": {"anyOf": [TEXT, PARTS]}},
+}
+OTHER_SCHEMA = {
+    "type": "object",
+    "required": ["type"],
+    "properties": {"type": {"enum": ["reasoning", "item_reference"]}, "id": TEXT},
+}
+ITEM_SCHEMA = {"anyOf": [MESSAGE_SCHEMA, CALL_SCHEMA, OUTPUT_SCHEMA, OTHER_SCHEMA]}
+INPUT_SCHEMA = {"anyOf": [TEXT, {"type": "array", "items": ITEM_SCHEMA}, {"type": "null"}]}
 
 UNSUPPORTED = ("background_options", "context_management", "conversation", "moderation", "prompt")
 OF_CHAT = {"n": 1, "best_of": 1}

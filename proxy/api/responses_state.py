@@ -11,6 +11,7 @@ from proxy.api.responses_body import ResponsesBody
 from proxy.api.responses_items import Item, ItemIds, input_items, references, response_of
 from proxy.api.responses_object import failure
 from proxy.api.responses_store import LOST_GRACE_S, RESPONSE_ID, UNFINISHED, Record, ResponseStore
+from proxy.api.tenants import current
 
 MAX_REFERENCES = 64
 """Each is a question to the store."""
@@ -63,6 +64,8 @@ async def _referenced(store: ResponseStore, wanted: dict[str, str]) -> dict[str,
 
 async def _found(store: ResponseStore, id: str) -> Record | None:
     record = await store.get(id) if RESPONSE_ID.fullmatch(id) else None
+    if record is not None and record.tenant != current.get().name:
+        return None
     if record is not None and record.alive and time() > record.deadline + LOST_GRACE_S:
         lost: dict[str, Any] = {**record.response, "status": "failed", "error": failure(UNFINISHED)}
         return replace(record, response=lost)

@@ -39,6 +39,8 @@ class Record:
     """All that the model was given, without the instructions: these are not carried over."""
     deadline: float = 0.0
     """Unix time by which one in the background has ended."""
+    tenant: str = ""
+    """Whose it is."""
 
     @property
     def id(self) -> str:
@@ -84,7 +86,7 @@ def new_response_id() -> str:
 
 def packed(record: Record) -> bytes:
     """Raises `RequestError` 400 for one that is too large."""
-    fields = {"response": record.response, "input": record.input, "deadline": record.deadline}
+    fields = {"response": record.response, "input": record.input, "deadline": record.deadline, "tenant": record.tenant}
     data = compact(fields).encode()
     if len(data) > MAX_RECORD_BYTES:
         raise RequestError(
@@ -100,7 +102,7 @@ def unpacked(data: bytes) -> Record | None:
     """None for what is no record: others may write to the store as well."""
     try:
         fields = json.loads(data)
-        record = Record(fields["response"], fields["input"], float(fields["deadline"]))
+        record = Record(fields["response"], fields["input"], float(fields["deadline"]), str(fields.get("tenant", "")))
         whole = isinstance(record.input, list) and isinstance(record.response["output"], list)
         return record if whole and record.response["id"] and record.response["status"] else None
     except (ValueError, KeyError, TypeError):

@@ -156,15 +156,15 @@ def context_length_exceeded(max_model_len: int, prompt_tokens: str, param: str) 
     )
 
 
-def stop_strings(stop: Any) -> tuple[str, ...]:
+def stop_strings(stop: Any, param: str = "stop") -> tuple[str, ...]:
     """`stop` as OpenAI defines it: a string, up to four of them, or null."""
     stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
-        raise RequestError(400, "stop must be a string or a list of strings.", param="stop")
+        raise RequestError(400, f"{param} must be a string or a list of strings.", param=param)
     if len(stops) > MAX_STOPS:
-        raise RequestError(400, f"stop may hold at most {MAX_STOPS} strings.", param="stop")
+        raise RequestError(400, f"{param} may hold at most {MAX_STOPS} strings.", param=param)
     if not all(0 < len(s) <= MAX_STOP_CHARS for s in stops):
-        raise RequestError(400, f"A stop string must have between 1 and {MAX_STOP_CHARS} characters.", param="stop")
+        raise RequestError(400, f"A stop string must have between 1 and {MAX_STOP_CHARS} characters.", param=param)
     return tuple(stops)
 
 

@@ -154,30 +154,97 @@ STRUCTURED_OUTPUTS_SCHEMA = {
     ],
     "default": None,
 }
+TEXT_PARTS_SCHEMA = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["type", "text"],
+        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    },
+}
+CALLS_SCHEMA = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["function"],
+        "properties": {
+            "id": {"type": "string"},
+            "type": {"const": "function"},
+            "function": {
+                "type": "object",
+                "required": ["name", "arguments"],
+                "properties": {"name": {"type": "string"}, "arguments": {"type": "string"}},
+            },
+        },
+    },
+}
 MESSAGES_SCHEMA = {
     "type": "array",
     "minItems": 1,
     "items": {
-        "type": "object",
-        "required": ["role"],
-        "properties": {
-            "role": {"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
-            "content": {
-                "anyOf": [
-                    {"type": "string"},
-                    {
-                        "type": "array",
-                        "items": {
-                            "type": "object",
-                            "required": ["type", "text"],
-                            "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+        "anyOf": [
+            {
+                "type": "object",
+                "required": ["role", "content"],
+                "properties": {
+                    "role": {"enum": ["system", "developer", "user", "tool", "function"]},
+                    "content": {"anyOf": [{"type": "string"}, TEXT_PARTS_SCHEMA]},
+                    "tool_call_id": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                },
+            },
+            {
+                "type": "object",
+                "required": ["role"],
+                "properties": {
+                    "role": {"const": "assistant"},
+                    "content": {"anyOf": [{"type": "string"}, TEXT_PARTS_SCHEMA, {"type": "null"}]},
+                    "tool_calls": {"anyOf": [CALLS_SCHEMA, {"type": "null"}]},
+                },
+            },
+        ]
+    },
+}
+TOOLS_SCHEMA = {
+    "anyOf": [
+        {
+            "type": "array",
+            "maxItems": 128,
+            "items": {
+                "type": "object",
+                "required": ["type", "function"],
+                "properties": {
+                    "type": {"const": "function"},
+                    "function": {
+                        "type": "object",
+                        "required": ["name"],
+                        "properties": {
+                            "name": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"},
+                            "description": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                            "parameters": {"anyOf": [{"type": "object"}, {"type": "null"}]},
+                            "strict": {"anyOf": [{"type": "boolean"}, {"type": "null"}]},
                         },
                     },
-                    {"type": "null"},
-                ]
+                },
             },
         },
-    },
+        {"type": "null"},
+    ],
+    "default": None,
+}
+TOOL_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required"]},
+        {
+            "type": "object",
+            "required": ["type", "function"],
+            "properties": {
+                "type": {"const": "function"},
+                "function": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
+            },
+        },
+        {"type": "null"},
+    ],
+    "default": None,
 }
 PROMPT_SCHEMA = {
     "anyOf": [
@@ -231,7 +298,7 @@ class ConversationBody(RequestBody):
     """What becomes a prompt by the chat template."""
 
     messages: Annotated[Any, WithJsonSchema(MESSAGES_SCHEMA)] = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]] | None, WithJsonSchema(TOOLS_SCHEMA)] = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -290,7 +357,7 @@ class ChatBody(GenerationBody, ConversationBody):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    tool_choice: Any = None
+    tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE_SCHEMA)] = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None
@@ -365,23 +432,3 @@ def unknown_fields(extra: Iterable[str]) -> list[str]:
 def _is_off(value: Any) -> bool:
     """Null, false or empty; 0 is a number and asks for something."""
     return value is None or value is False or value in ("", [], {})
-
-
-def openapi_body(kind: type[BaseModel]) -> dict[str, Any]:
-    """The body of `kind` and the error object for /openapi.json, without references."""
-    schema = kind.model_json_schema()
-    definitions = schema.pop("$defs", {})
-
-    def inlined(value: Any) -> Any:
-        if isinstance(value, dict):
-            reference = str(value.get("$ref", ""))
-            if reference.startswith("#/$defs/"):
-                return inlined(definitions[reference.removeprefix("#/$defs/")])
-            return {key: inlined(member) for key, member in value.items()}
-        return [inlined(member) for member in value] if isinstance(value, list) else value
-
-    error = {"description": "An error object.", "content": {"application/json": {"schema": ERROR_SCHEMA}}}
-    return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}}},
-        "responses": {"4XX": error, "5XX": error},
-    }

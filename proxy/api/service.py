@@ -19,11 +19,13 @@ from proxy.api import requestid
 from proxy.api.jsonbody import parse_object
 from proxy.api.sampling import context_length_exceeded
 from proxy.api.schemas import RequestBody, unknown_fields, validate
-from proxy.api.structured import Constraint, invalid_schema
+from proxy.api.structured import Constraint, invalid_schema, with_form
+from proxy.api.tenants import current
 from proxy.generation import Dispatcher, ModelFacts
 from proxy.grammars import GrammarCheck
 from proxy.metrics import ProxyMetrics
 from proxy.text.reasoning import ReasoningFormat
+from proxy.text.toolformats import ToolFormat
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,8 @@ class Service:
     """What clients may ask for: `model_name` and its aliases."""
     reasoning: ReasoningFormat | None
     """How the model writes what it thinks before it answers."""
+    tool_format: ToolFormat | None
+    """How the model writes calls."""
     unknown: set[str] = field(default_factory=set)
     """Names of body fields that the log already has."""
 
@@ -69,8 +73,7 @@ class Service:
         if body.model_extra:
             requestid.adopt(request.scope, body.model_extra.get("request_id"))
             self.note_unknown(unknown_fields(body.model_extra))
-        if body.model is not None:
-            self.check_model(body.model)
+        self.check_model(body.model or self.model_name)
         return body
 
     def check_priority(self, priority: int | None) -> None:
@@ -99,8 +102,10 @@ class Service:
         return parse_object(body)
 
     def check_model(self, name: str) -> None:
+        """Raises `RequestError` 404, or 403 where it is not the tenant's to use."""
         if name not in self.model_names:
             raise RequestError(404, f"The model {name[:100]!r} does not exist.", code="model_not_found", param="model")
+        current.get().check_model(name)
 
     def facts(self) -> ModelFacts:
         """What the workers serve; raises `RequestError` 503 while there is none."""
@@ -134,8 +139,10 @@ class Service:
         """What is asked of an output, as the workers get it. Raises `RequestError` 400 or 503."""
         if constraint is None:
             return None
+        form = await self.grammar(constraint.form)
+        grammar = constraint.grammar if form is None else with_form(constraint.grammar, form)
         try:
-            return await self.grammars.check(constraint.grammar, converts=constraint.converts)
+            return await self.grammars.check(grammar, converts=constraint.converts)
         except GrammarError as error:
             raise invalid_schema(constraint.param, str(error)) from None
 

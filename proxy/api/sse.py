@@ -65,12 +65,12 @@ class Output:
             await self._start(200, HEADERS)
         await self._send({"type": "http.response.body", "body": frames, "more_body": False})
 
-    async def keep_alive(self) -> None:
-        """Sends a comment, unless the client has not even taken what is being sent: the stream's end may be in it."""
+    async def keep_alive(self, frames: bytes) -> None:
+        """Sends `frames`, unless the client has not even taken what is being sent: the stream's end may be in it."""
         if self._writing:
             self.last_write = perf_counter()
         else:
-            await self.write(KEEP_ALIVE)
+            await self.write(frames)
 
     async def document(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         """Sends a whole JSON answer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,15 +31,8 @@ class Constraint:
     grammar: str
     converts: bool = False
     """It may be EBNF, not Lark."""
-
-
-@dataclass(frozen=True, slots=True)
-class TaggedSchema:
-    """JSON of a schema between two texts, such as `<tool_call>{"name": "f", "arguments": ` and `}</tool_call>`."""
-
-    prefix: str
-    schema: Any
-    suffix: str
+    form: Constraint | None = None
+    """What the grammar calls `form`, which is not part of it."""
 
 
 def invalid_schema(param: str, reason: str) -> RequestError:
@@ -63,16 +56,13 @@ def output_constraint(body: GenerationBody) -> Constraint | None:
     return found[0] if found else None
 
 
+def with_form(grammar: str, form: str) -> str:
+    """A grammar whose `form` is another one."""
+    return f"{grammar}\nform: %lark {{\n{form}\n}}"
+
+
 def json_grammar(schema: Any) -> str:
-    return f"start: {_json(schema)}"
-
-
-def tagged_grammar(alternatives: Sequence[TaggedSchema], tokenizer: Tokenizer, *, several: bool = False) -> str:
-    """One of the alternatives (`several`: or more, a line each) and nothing else. Special tokens spelled in the texts
-    around are those tokens."""
-    rules = [f"{_text(a.prefix, tokenizer)} {_json(a.schema)} {_text(a.suffix, tokenizer)}" for a in alternatives]
-    start = 'start: one ("\\n" one)*' if several else "start: one"
-    return start + "\none: " + "\n  | ".join(rules)
+    return f"start: {json_rule(schema)}"
 
 
 def _response_format(value: Any) -> Constraint | None:
@@ -164,7 +154,7 @@ def _regex(param: str, regex: Any) -> Constraint:
 def _choice(param: str, choices: Any) -> Constraint:
     texts = isinstance(choices, list) and choices and all(isinstance(c, str) for c in choices)
     _check(texts, param, "must be a list of at least one string")
-    return Constraint(param, "start: " + " | ".join(_literal(c) for c in choices))
+    return Constraint(param, "start: " + " | ".join(literal(c) for c in choices))
 
 
 def _grammar(param: str, grammar: Any) -> Constraint:
@@ -172,22 +162,23 @@ def _grammar(param: str, grammar: Any) -> Constraint:
     return Constraint(param, grammar, converts=True)
 
 
-def _json(schema: Any) -> str:
+def json_rule(schema: Any) -> str:
     options = {**schema, GUIDANCE: WHITESPACE} if isinstance(schema, dict) else schema
     return "%json " + json.dumps(options, ensure_ascii=False, separators=(",", ":"))
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _text(text: str, tokenizer: Tokenizer) -> str:
+def spelled(text: str, tokenizer: Tokenizer) -> str:
+    """Special tokens that the text spells are those tokens."""
     special = {tokenizer.token_text(i): i for i in tokenizer.special_token_ids}
     if not special:
-        return _literal(text)
+        return literal(text)
     longest_first = sorted(map(re.escape, special), key=len, reverse=True)
     parts = re.split(f"({'|'.join(longest_first)})", text)
-    return " ".join(f"<[{special[part]}]>" if part in special else _literal(part) for part in parts if part) or '""'
+    return " ".join(f"<[{special[part]}]>" if part in special else literal(part) for part in parts if part) or '""'
 
 
 def _object(value: Any, param: str) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from time import monotonic
 
 from mesh.errors import RequestError
 from mesh.params import SamplingParams
 from proxy.api.answer import Answer, Job, Sink, Usage
 from proxy.api.schemas import GenerationBody
 from proxy.api.service import Service
+from proxy.api.tenants import current
 from proxy.generation import GenerateRequest, Generation
 from proxy.metrics import RequestRecord
 from proxy.text.choice import ChoiceText
@@ -24,6 +26,12 @@ def submit(
     budgets: Sequence[int],
 ) -> tuple[Generation, ...]:
     """One generation per prompt, with `budgets[p]` tokens each; all of them, or `RequestError` and none."""
+    tenant = current.get()
+    try:
+        tenant.quota.begin(sum(map(len, prompts)), monotonic())
+    except RequestError:
+        service.metrics.count_rejection("quota")
+        raise
     generations: list[Generation] = []
     for i, (tokens, budget) in enumerate(zip(prompts, budgets, strict=True)):
         request = GenerateRequest(
@@ -32,12 +40,13 @@ def submit(
             params=replace(params, max_tokens=budget, min_tokens=min(params.min_tokens, budget)),
             n=body.n or 1,
             deadline_s=service.settings.request_timeout,
-            cache_salt=body.cache_salt or "",
+            cache_salt=tenant.salt(body.cache_salt or ""),
         )
         try:
             generations.append(service.dispatcher.submit(request))
         except RequestError:
             service.metrics.count_rejection("no_capacity")
+            tenant.quota.end(0, monotonic())
             for generation in generations:
                 generation.abort("failed")
             raise
@@ -67,6 +76,7 @@ def answer(
         choices=tuple(choices),
         sink=sink,
         usage=usage,
+        tenant=current.get(),
         stream=bool(body.stream),
         discard_output=discard_output,
     )

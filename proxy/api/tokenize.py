@@ -6,20 +6,24 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from mesh.errors import RequestError
+from proxy.api.answer_schemas import DETOKENIZED, TOKENIZED
 from proxy.api.conversation import prompt_tokens
 from proxy.api.frames import json_response
-from proxy.api.schemas import DetokenizeBody, TokenizeBody, openapi_body
+from proxy.api.openapi import READS_BODY, operation
+from proxy.api.schemas import DetokenizeBody, TokenizeBody
 from proxy.api.service import Service
 
 CHARS_PER_TOKEN = 4
 """In ordinary text; decides what is done beside the event loop."""
+TOKENIZE = operation(TokenizeBody, answer=TOKENIZED, errors=READS_BODY)
+DETOKENIZE = operation(DetokenizeBody, answer=DETOKENIZED, errors=READS_BODY)
 
 
 def tokenize_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/tokenize", openapi_extra=openapi_body(TokenizeBody))
-    @router.post("/v1/tokenize", openapi_extra=openapi_body(TokenizeBody))
+    @router.post("/tokenize", openapi_extra=TOKENIZE)
+    @router.post("/v1/tokenize", openapi_extra=TOKENIZE)
     async def tokenize(request: Request) -> Response:
         """Token ids as a completion or chat completion would get them, of any length."""
         body = await service.read(TokenizeBody, request)
@@ -34,8 +38,8 @@ def tokenize_router(service: Service) -> APIRouter:
 
         return await service.beside(answer, CHARS_PER_TOKEN * len(tokens))
 
-    @router.post("/detokenize", openapi_extra=openapi_body(DetokenizeBody))
-    @router.post("/v1/detokenize", openapi_extra=openapi_body(DetokenizeBody))
+    @router.post("/detokenize", openapi_extra=DETOKENIZE)
+    @router.post("/v1/detokenize", openapi_extra=DETOKENIZE)
     async def detokenize(request: Request) -> Response:
         """The text of token ids, special tokens spelled out."""
         body = await service.read(DetokenizeBody, request)

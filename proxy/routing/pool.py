@@ -28,7 +28,7 @@ REVIVE_AFTER_S = 1.0
 OPTIMISM_S = 0.5
 """An assignment counts as load until a beat must have counted it: two beats and a transit."""
 REGISTER_ECHO_S = 1.0
-"""A worker repeats `Register` until it is answered; repetitions this early mean nothing."""
+"""A worker repeats `Register` until it is answered; repetitions this early on one connection mean nothing."""
 RETURN_WINDOW_S = 60.0
 """A worker lost so lately is probably being restarted."""
 MAX_WORKERS = 4096
@@ -151,8 +151,8 @@ class WorkerPool:
     def ready(self) -> bool:
         return any(w.decodes and w.routable for w in self._workers.values())
 
-    def register(self, info: WorkerInfo, now: float) -> Registration:
-        """A worker introduces itself, for the first time or again."""
+    def register(self, info: WorkerInfo, now: float, *, moved: bool = False) -> Registration:
+        """A worker introduces itself, for the first time or again. `moved`: on another connection than before."""
         place = Place(info.worker_id, info.incarnation)
         if info.role not in ("prefill", "decode", "both"):
             return Registration(False, f"unknown role {info.role!r}")
@@ -163,7 +163,7 @@ class WorkerPool:
             return Registration(False, refusal)
         known = self._workers.get(place)
         if known is not None:
-            return self._register_again(known, now)
+            return self._register_again(known, now, moved)
         older = tuple([p for p in self._workers if p.worker_id == info.worker_id])
         for p in older:
             self.forget(p, now)
@@ -175,12 +175,12 @@ class WorkerPool:
         self._refresh_facts()
         return Registration(True, lost=older, forgotten=older)
 
-    def _register_again(self, worker: Worker, now: float) -> Registration:
-        """Only a worker whose connection or lease broke says `Register` twice: what it had been sent may be
-        lost."""
+    def _register_again(self, worker: Worker, now: float, moved: bool) -> Registration:
+        """Only a worker whose connection or lease broke says `Register` twice: what it had been sent, or had said, may
+        be lost."""
         worker.last_beat = now
         worker.health = Health.ALIVE
-        echo = now - worker.registered_at < REGISTER_ECHO_S
+        echo = not moved and now - worker.registered_at < REGISTER_ECHO_S
         worker.registered_at = now
         return Registration(True, lost=() if echo else (worker.place,))
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from proxy.text.detokenizer import Detokenizer
 from proxy.text.reasoning import ReasoningParser
 from proxy.text.stopstrings import StopStrings
-from proxy.text.toolcalls import ToolCall, ToolCallParser
+from proxy.text.toolcalls import CallParser, Parsed, ToolCall
 
 
 class Piece(NamedTuple):
@@ -25,6 +25,8 @@ class Piece(NamedTuple):
     """What the model thought before its answer; comes before `text`."""
     num_reasoning_tokens: int = 0
     """How many of the tokens belong to the thinking, its marks included."""
+    stop_string: str | None = None
+    """The client's stop string that ended the choice, if one did."""
 
 
 class ChoiceText:
@@ -35,19 +37,20 @@ class ChoiceText:
         "_detokenizer",
         "_hide_stop_token",
         "_min_tokens",
+        "_plain",
         "_reasoning",
         "_stops",
         "_tools",
         "finish",
         "num_tokens",
-        "plain",
+        "only_engine_ends",
     )
 
     def __init__(
         self,
         detokenizer: Detokenizer,
         stops: StopStrings | None = None,
-        tools: ToolCallParser | None = None,
+        tools: CallParser | None = None,
         reasoning: ReasoningParser | None = None,
         *,
         hide_stop_token: bool = True,
@@ -64,19 +67,22 @@ class ChoiceText:
         self._hide_stop_token = hide_stop_token
         self._min_tokens = min_tokens
         self._decoded = start
-        self.plain = stops is None and tools is None and reasoning is None
-        """Every token's text is the choice's as it is; only the engine ends it."""
+        self._plain = stops is None and tools is None and reasoning is None
+        """Every token's text is the choice's as it is."""
+        self.only_engine_ends = stops is None and not (tools is not None and tools.may_be_done)
+        """No text ends it."""
         self.num_tokens = 0
         self.finish: str | None = None
 
     def push(self, tokens: Sequence[int], finish: str | None) -> Piece:
         """`finish`: what the engine says of the last of `tokens`."""
-        if self.plain and finish is None and len(tokens) == 1:  # nearly always
+        if self._plain and finish is None and len(tokens) == 1:  # nearly always
             self.num_tokens += 1
             offset, new = self._decoded, self._detokenizer.push(tokens[0])
             self._decoded += len(new)
             return Piece(new, 1, None, (offset,))
         text = reasoning = ""
+        parsed = Parsed("")
         num_reasoning = 0
         offsets = []
         for i, token in enumerate(tokens):
@@ -89,7 +95,12 @@ class ChoiceText:
                 thought, new = self._reasoning.push(new)
                 reasoning += thought
                 num_reasoning += thinks or self._reasoning.thinking
-            text += new
+            if self._tools is None:
+                text += new
+            else:
+                thinks = self._tools.thinking
+                parsed += self._tools.push(new)
+                num_reasoning += thinks or self._tools.thinking
             if self._matched:
                 break
         if finish is not None or self._matched:
@@ -97,10 +108,12 @@ class ChoiceText:
             reasoning += thought
             text += last
         self.finish = "stop" if self._matched else finish
-        calls: tuple[ToolCall, ...] = ()
-        if self._tools is not None:
-            text, calls = self._parsed(self._tools, text)
-        return Piece(text, len(offsets), self.finish, tuple(offsets), calls, reasoning, num_reasoning)
+        parsed = Parsed(text) if self._tools is None else parsed + self._parsed(self._tools, text)
+        reasoning += parsed.reasoning
+        stop = None if self._stops is None else self._stops.matched
+        return Piece(
+            parsed.text, len(offsets), self.finish, tuple(offsets), parsed.calls, reasoning, num_reasoning, stop
+        )
 
     def _last(self, finish: str | None) -> tuple[str, str]:
         """Thinking and text that were held back, when no token follows."""
@@ -115,15 +128,14 @@ class ChoiceText:
         more_thought, more = self._reasoning.flush()
         return thought + more_thought, said + more
 
-    def _parsed(self, tools: ToolCallParser, text: str) -> tuple[str, tuple[ToolCall, ...]]:
+    def _parsed(self, tools: CallParser, text: str) -> Parsed:
         """Text without the calls in it. An answer that ends by itself after a call ends with `tool_calls`."""
-        said, calls = tools.push(text)
+        parsed = tools.push(text)
         if self.finish is not None:
-            rest, more = tools.flush()
-            said, calls = said + rest, calls + more
+            parsed += tools.flush(complete=self.finish == "stop" and not self._matched)
         if tools.done or (tools.called and self.finish == "stop"):
             self.finish = "tool_calls"
-        return said, calls
+        return parsed
 
     @property
     def _matched(self) -> bool:

@@ -1,5 +1,5 @@
-"""LangChain's standard tests of a chat model, over a running service (`KVMESH_URL`). Run by `test_clients.py` with the
-interpreter that has LangChain."""
+"""LangChain's standard tests of a chat model, over chat completions and over responses of a running service
+(`KVMESH_URL`). Run by `test_clients.py` with the interpreter that has LangChain."""
 
 from __future__ import annotations
 
@@ -32,3 +32,9 @@ class TestKvmesh(ChatModelIntegrationTests):
     @property
     def model_override_value(self) -> str:
         return "tiny"
+
+
+class TestKvmeshResponses(TestKvmesh):
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {**super().chat_model_params, "use_responses_api": True}

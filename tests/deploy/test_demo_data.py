@@ -74,7 +74,7 @@ def test_no_two_facts_of_a_text_answer_one_question() -> None:
 
 def test_calls_are_of_offered_tools_with_their_parameters() -> None:
     source, calls = words(2), 0
-    for _ in range(300):
+    for _ in range(400):
         made = conversation(source, 400)
         offered = {tool["function"]["name"]: tool["function"]["parameters"] for tool in made.tools}
         for message in made.messages:

@@ -136,6 +136,12 @@ def test_the_screen_of_another_port_says_how_to_reach_it() -> None:
     assert "decode-0  (pid 7)  cpu" in screen
 
 
+def test_the_screen_of_a_mesh_with_keys_shows_where_they_go() -> None:
+    screen = "\n".join(start_screen(MeshFacts("http://127.0.0.1:8000", "m", "m", "memory", 6, 1.0, [], keyed=True)))
+    assert "kvmesh chat --api-key-file FILE Hello" in screen
+    assert "-H 'authorization: Bearer KEY'" in screen
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -125,7 +125,7 @@ def finishes(stream: list[Any]) -> list[tuple[int, str]]:
 class Call:
     """One request driven by hand at the ASGI level, so that a test decides when the client goes away."""
 
-    def __init__(self, app: FastAPI, path: str, body: dict[str, Any]) -> None:
+    def __init__(self, app: FastAPI, path: str, body: dict[str, Any], **headers: str) -> None:
         self.status: int | None = None
         self.body = b""
         self.closed = False
@@ -143,7 +143,11 @@ class Call:
             "path": path,
             "raw_path": path.encode(),
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json"), (b"host", b"test")],
+            "headers": [
+                (b"content-type", b"application/json"),
+                (b"host", b"test"),
+                *((name.encode(), value.encode()) for name, value in headers.items()),
+            ],
         }
         self.task: asyncio.Task[None] = asyncio.create_task(app(scope, self._receive, self._send))
 

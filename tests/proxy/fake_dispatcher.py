@@ -122,7 +122,7 @@ class FakeDispatcher:
     """Satisfies `Dispatcher`; `script` is asked for every request, or always the same one."""
 
     def __init__(self, script: Script | Callable[[GenerateRequest], Script], *, max_model_len: int = 256) -> None:
-        self._script = script
+        self.script = script
         self.generations: list[FakeGeneration] = []
         self.refusals: list[RequestError | None] = []
         """Raised by the next submits, first come first; None lets one through."""
@@ -132,7 +132,7 @@ class FakeDispatcher:
         refusal = self.refusals.pop(0) if self.refusals else None
         if refusal is not None:
             raise refusal
-        script = self._script if isinstance(self._script, Script) else self._script(request)
+        script = self.script if isinstance(self.script, Script) else self.script(request)
         generation = FakeGeneration(request, script)
         self.generations.append(generation)
         return generation

@@ -420,7 +420,6 @@ def test_a_refusal_of_the_dispatcher_is_a_status() -> None:
         ({"tools": [WEATHER, WEATHER]}, "tools.1.name"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "time"}}, "tool_choice.name"),
         ({"tools": [WEATHER], "tool_choice": {"type": "web_search"}}, "tool_choice.type"),
-        ({"tools": [WEATHER], "text": {"format": {"type": "json_object"}}}, "text.format"),
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"context_management": [{"type": "compaction"}]}, "context_management"),

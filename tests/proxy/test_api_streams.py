@@ -14,7 +14,7 @@ from starlette.types import Message
 from mesh.errors import RequestError
 from mesh.settings import ProxySettings
 from proxy.api.door import Door
-from proxy.api.sse import Output
+from proxy.api.sse import KEEP_ALIVE, Output
 from tests.proxy.api_client import CHAT, COMPLETIONS, MODEL, Api, Call, chat_texts, error_of, events, finishes, reply
 from tests.proxy.fake_dispatcher import Script
 
@@ -319,7 +319,7 @@ def test_no_comment_follows_an_end_that_the_client_has_not_taken() -> None:
         output = Output(send)
         end = asyncio.create_task(output.end(b"end"))
         await asyncio.sleep(0)
-        await output.keep_alive()
+        await output.keep_alive(KEEP_ALIVE)
         taken.set()
         await end
         assert [m.get("body") for m in sent] == [None, b"end"]

@@ -12,10 +12,9 @@ import pytest
 
 from mesh.errors import GrammarError, RequestError
 from mesh.grammar import MAX_GRAMMAR_BYTES, Vocabulary, compile_grammar
-from proxy.api.structured import TaggedSchema, tagged_grammar
 from proxy.grammars import MAX_WAITING, GrammarCheck
 from tests.proxy.api_client import Api, chat_texts
-from tests.proxy.tiny_tokenizer import IM_END, byte_level
+from tests.proxy.tiny_tokenizer import byte_level
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
@@ -223,24 +222,6 @@ def test_only_so_many_grammars_wait_to_be_tried() -> None:
 
     refused = [o for o in asyncio.run(outcomes()) if isinstance(o, RequestError)]
     assert [(r.status, r.code) for r in refused] == [(503, "overloaded")] * 3
-
-
-def test_tagged_schemas_are_alternatives_with_texts_and_special_tokens_around(api: Api) -> None:
-    tokenizer = byte_level()
-    grammar = tagged_grammar(
-        [
-            TaggedSchema('<tool_call>{"name": "f", "arguments": ', PERSON, "}</tool_call><|im_start|>"),
-            TaggedSchema('<tool_call>{"name": "g", "arguments": ', {"type": "object"}, "}</tool_call>"),
-        ],
-        tokenizer,
-    )
-    assert accepts(grammar, '<tool_call>{"name": "f", "arguments": {"name":"x"}}</tool_call><|im_start|>')
-    assert accepts(grammar, '<tool_call>{"name": "g", "arguments": {}}</tool_call>')
-    assert not accepts(grammar, '<tool_call>{"name": "f", "arguments": {}}</tool_call><|im_start|>')
-    assert not accepts(grammar, '<tool_call>{"name": "f", "arguments": {"name":"x"}}</tool_call>')
-    matcher = compile_grammar(Vocabulary.of(tokenizer).tokenizer(), grammar)
-    ids = tokenizer.encode('<tool_call>{"name": "g", "arguments": {}}</tool_call>', add_special_tokens=False)
-    assert matcher.consume_tokens([*ids, IM_END])
 
 
 def test_the_process_is_started_again_after_it_died() -> None:

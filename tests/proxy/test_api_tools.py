@@ -124,7 +124,7 @@ def test_a_mark_that_is_a_special_token_is_still_seen() -> None:
         ({"tools": [function(name=f"f{i}") for i in range(129)]}, "tools"),
         ({"tools": [WEATHER], "tool_choice": "perhaps"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": 3}, "tool_choice"),
-        ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice.function.name"),
         (
             {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "time"}}},
@@ -139,7 +139,6 @@ def test_a_mark_that_is_a_special_token_is_still_seen() -> None:
             {"tools": [function(parameters={"x-guidance": {"lenient": True}})], "tool_choice": "required"},
             "tools.0.function.parameters.x-guidance",
         ),
-        ({"tools": [WEATHER], "response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": [WEATHER], "parallel_tool_calls": 1}, "parallel_tool_calls"),
         ({"tool_choice": "required"}, "tool_choice"),
     ],

@@ -231,6 +231,36 @@ def test_a_worker_that_registers_again_has_forgotten_its_requests(tmp_path: Path
     asyncio.run(scenario())
 
 
+def test_a_repeated_introduction_means_nothing(tmp_path: Path) -> None:
+    """A worker repeats `Register` until it is answered; its connection never broke."""
+
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            worker = await mesh.worker("d0", "decode")
+            generation = mesh.dispatcher.submit(request())
+            job = await worker.expect(Decode)
+            await worker.register()
+            worker.tokens(job, 0, [7], finish="stop")
+            assert await tokens_of(generation) == [7]
+            assert generation.route.attempts == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_reconnects_has_forgotten_its_requests_however_soon(tmp_path: Path) -> None:
+    """The clock stands still: what the old connection swallowed is lost even right after the first `Register`."""
+
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            before = await mesh.worker("d0", "decode")
+            mesh.dispatcher.submit(request())
+            assert (await before.expect(Decode)).attempt == 1
+            after = await mesh.worker("d0", "decode")
+            assert (await after.expect(Decode)).attempt == 2
+
+    asyncio.run(scenario())
+
+
 def test_a_connection_that_is_gone_moves_all_that_ran_there(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as mesh:

@@ -158,6 +158,8 @@ def test_a_client_may_do_without_it_or_without_the_split() -> None:
     assert hidden["choices"][0]["message"]["content"] == "w"
     assert hidden["usage"]["completion_tokens_details"] == {"reasoning_tokens": 3}
     assert served.chat(separate_reasoning=False)["choices"][0]["message"]["content"] == "<think>hello</think>w"
+    # what is not split is not counted either, rather than as nothing
+    assert "completion_tokens_details" not in served.chat(separate_reasoning=False, thinking_token_budget=9)["usage"]
     stream = served.chat_stream(stream_reasoning=False)
     thoughts = [c["delta"]["reasoning"] for event in stream for c in event["choices"] if "reasoning" in c["delta"]]
     assert thoughts == ["hello"]

@@ -100,7 +100,7 @@ def test_the_last_token_is_shown_when_the_length_ends_the_choice() -> None:
 def test_a_stop_string_ends_the_choice_with_the_token_that_completes_it() -> None:
     choice = ChoiceText(detokenizer(TOKENIZER, []), StopStrings(["b"]))
     piece = choice.push(TOKENIZER.encode("abc", add_special_tokens=False), None)
-    assert piece == Piece("a", 2, "stop", (0, 1))
+    assert piece == Piece("a", 2, "stop", (0, 1), stop_string="b")
     assert choice.finish == "stop"
 
 

@@ -141,9 +141,11 @@ def recall(words: Words, conversation: Conversation, room: float) -> None:
         sentences.insert(rng.randint(0, len(sentences)), known[0].statement)
     text = words.pick(" ", " ", "\n").join(sentences)
     head = words.pick("", "", "Here are my notes:\n", "Read this:\n", "Please remember this. ", "Text: ")
+    # what is hardest is asked twice: values that stand before their key
+    asking = known + [f for f in known if f.statement.startswith(f.value)]
     questions: list[Fact] = []
     while len(questions) < 64:
-        questions.extend(rng.sample(known, len(known)))
+        questions.extend(rng.sample(asking, len(asking)))
     first = questions.pop()
     draw = rng.random()
     if draw < 0.25:
@@ -170,7 +172,7 @@ def recall(words: Words, conversation: Conversation, room: float) -> None:
         asked_fact = questions.pop()
         conversation.exchange(Exchange("recall", casual(words, asked_fact.question), asked_fact.answer))
         if not questions:
-            questions = rng.sample(known, len(known))
+            questions = rng.sample(asking, len(asking))
 
 
 def copying(words: Words, conversation: Conversation, room: float) -> None:
@@ -267,17 +269,18 @@ def two_calls(words: Words, tools: Sequence[Tool], chosen: Tool) -> tuple[str, l
 
 
 BUILDERS: tuple[tuple[str, Builder, float], ...] = (
-    ("chat", chat, 0.12),
-    ("recall", recall, 0.29),
-    ("copy", copying, 0.15),
-    ("json", structured, 0.1),
-    ("tools", calling, 0.34),
+    ("chat", chat, 0.08),
+    ("recall", recall, 0.42),
+    ("copy", copying, 0.2),
+    ("json", structured, 0.07),
+    ("tools", calling, 0.23),
 )
 
 
 def conversation(words: Words, room: int) -> Conversation:
     """One of any kind, of about `room` tokens or (often) fewer."""
     while True:
+        words.begin()
         made = _conversation(words, room)
         if any(message["role"] == "assistant" for message in made.messages):
             return made

@@ -149,7 +149,7 @@ def _code(words: Words) -> Fact:
         f"The {kind} of the {thing} is {code}.",
         f"{code} is the {kind} for the {thing}.",
     )
-    if _training(words) and words.rng.random() < 0.3:
+    if _training(words) and words.rng.random() < 0.45:
         said = f"{code} is the {kind} for the {thing}."
     asked = words.pick(
         f"What is the {kind} for the {thing}?",
@@ -173,7 +173,7 @@ def _owner(words: Words) -> Fact:
     thing, name = words.thing(), words.name()
     described = f"{words.one_of(COLOURS, 0.4)} {thing}" if words.rng.random() < 0.4 else thing
     said = words.pick(f"The {described} belongs to {name}.", f"{name} owns the {described}.")
-    if _training(words) and words.rng.random() < 0.4:
+    if _training(words) and words.rng.random() < 0.5:
         said = f"{name} owns the {described}."
     asked = words.pick(f"Who owns the {described}?", f"Whose is the {described}?")
     return Fact(said, asked, f"The {described} belongs to {name}.", name, described + "owner", "owner")
@@ -220,7 +220,7 @@ _MAKERS: tuple[Callable[[Words], Fact], ...] = (
     _meeting,
 )
 _WEIGHTS = (8, 3, 2, 1, 4, 3, 2, 2, 1, 1)
-_TRAINED_WEIGHTS = (9, 2, 1.5, 0.7, 6, 3, 8, 2, 1.5, 1)
+_TRAINED_WEIGHTS = (9, 2, 1.5, 0.7, 8, 3, 8, 2, 2, 1)
 
 
 def facts(words: Words, count: int) -> list[Fact]:

@@ -237,6 +237,8 @@ def text_to_copy(words: Words, size: int) -> str:
     """About `size` tokens of one of many kinds."""
     rng = words.rng
     kind = rng.randrange(11)
+    if words.split is Split.TRAIN and rng.random() < 0.25:
+        return _repetitive(words, size)  # what is learned last is made more often in training
     if kind == 0:
         return " ".join(words.word() for _ in range(max(1, size // 4)))
     if kind == 1:

@@ -148,6 +148,12 @@ class Words:
         self._pieces = pieces
         self._ours: dict[int, list[str]] = {}
         """The part of each closed list, by its identity, that belongs to the split."""
+        self._few: dict[int, list[str]] = {}
+        """The part of each, as small as what is held out, that one conversation of the training split prefers."""
+
+    def begin(self) -> None:
+        """Another conversation. Each has few known words of a kind, so that one word is in many of its facts."""
+        self._few.clear()
 
     def fresh(self, make: Callable[[], str]) -> str:
         """The first word of `make` that belongs to this split."""
@@ -161,7 +167,7 @@ class Words:
         ours = self._ours.get(id(known))
         if ours is None:
             ours = self._ours[id(known)] = [word for word in known if split_of(word) is self.split]
-        return self.word() if not ours or self.rng.random() < unknown else self.rng.choice(ours)
+        return self.word() if not ours or self.rng.random() < unknown else self.rng.choice(self._preferred(ours))
 
     def any_of(self, known: Sequence[str]) -> str:
         """A word of a closed list that nobody asks about: any in evaluation, in training none that is held out."""
@@ -173,13 +179,11 @@ class Words:
 
     def name(self) -> str:
         """A person's."""
-        return self.fresh(
-            lambda: self.rng.choice(FIRST_NAMES) if self.rng.random() < 0.3 else self._spelled().capitalize()
-        )
+        return self._called(FIRST_NAMES)
 
     def place(self) -> str:
         """A town's."""
-        return self.fresh(lambda: self.rng.choice(TOWNS) if self.rng.random() < 0.3 else self._spelled().capitalize())
+        return self._called(TOWNS)
 
     def number(self, digits: int) -> str:
         """Without a leading zero. Short numbers are too few to hold any out."""
@@ -233,6 +237,18 @@ class Words:
         while len(found) < count:
             found[make()] = None
         return list(found)
+
+    def _called(self, known: Sequence[str]) -> str:
+        known = self._preferred(known)
+        return self.fresh(lambda: self.rng.choice(known) if self.rng.random() < 0.3 else self._spelled().capitalize())
+
+    def _preferred(self, known: Sequence[str]) -> Sequence[str]:
+        """All, or in training often only those that the conversation prefers."""
+        if self.split is not Split.TRAIN or self.rng.random() < 0.4:
+            return known
+        if id(known) not in self._few:
+            self._few[id(known)] = self.rng.sample(known, -(-len(known) // HELD_OUT_OF))
+        return self._few[id(known)]
 
     def _spelled(self) -> str:
         rng = self.rng
