@@ -3,16 +3,17 @@
 Fetcher and holder have two connections, made under one random routing id, the link:
 
     fetcher                                        holder
-      hello(link)                  ── bulk ────▶     proves the transfer key; the holder makes a session
+      hello(link), as a password   ── bulk ────▶     proves the transfer key, or the connection ends
+      hello(link)                  ── bulk ────▶     the holder makes a session
                                    ◀─── bulk ──      greeting: the first sealed message, of no bytes
       Fetch, Credit, Renew, …      ── control ─▶     over CURVE, once the greeting has come
                                    ◀─── bulk ──      Standing, Blocks, Note, …: all of it, so that it stays in order
 
 A session's key is derived from the fleet's transfer key, the link (random, the fetcher's) and a salt (random, the
-holder's): neither side alone, and no recording, can bring a key back. Every message has the next number of its session,
-which is its nonce; the receiver wants each number above the last. So a message that was recorded, repeated or moved is
-refused, one that was cut or changed does not open, and a number that is left out is a lost message, which the protocol
-repairs.
+holder's), so no session has the key of another, and no recording can be played back. It is as secret as the transfer
+key: who gets that can read what was recorded. Every message has the next number of its session, which is its nonce; the
+receiver wants each number above the last. So a message that was recorded, repeated or moved is refused, one that was
+cut or changed does not open, and a number that is left out is a lost message, which the protocol repairs.
 """
 
 from __future__ import annotations
@@ -39,8 +40,6 @@ _NONCE = struct.Struct(">IQ")
 _MESSAGE, _PAYLOAD = 0, 1
 """The first four bytes of a nonce: which of a message's two frames."""
 OVERHEAD_BYTES = _HEAD.size + TAG_BYTES
-REFUSED = b""
-"""Answers a hello with another transfer key. Anyone could forge it; it says no more than a broken connection does."""
 
 
 class Unsealable(KvmeshError):

@@ -8,8 +8,10 @@ call other than these two brings about is returned by the next of them, which `n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from kvtransfer import holding_state as hs
+from kvtransfer.channel import is_hello
 from kvtransfer.events import (
     BlockArrived,
     Counters,
@@ -83,7 +85,11 @@ class KvEndpoint:
         self._transports = {name: wrap(transport) for name, transport in opened.items()}
         emit = self._events.append
         parts = (incarnation, layout, self._transports, self._counters, clock, emit)
-        self._authenticator = Authenticator(context, frozenset({keys.worker})) if keys is not None else None
+        self._authenticator = (
+            Authenticator(context, frozenset({keys.worker}), partial(is_hello, keys.transfer))
+            if keys is not None
+            else None
+        )
         try:
             self._holder = Holder(context, bind, *parts, keys)
         except BaseException:
@@ -179,7 +185,10 @@ class KvEndpoint:
 
     def stats(self) -> TransferStats:
         c = self._counters
-        clients = {"client_key": self._authenticator.refused} if self._authenticator is not None else {}
+        dropped = dict(c.dropped)
+        if self._authenticator is not None:
+            dropped["client_key"] = self._authenticator.refused
+            dropped["hello"] = dropped.get("hello", 0) + self._authenticator.refused_hellos
         return TransferStats(
             fetching=self._fetcher.num_transfers,
             serving=len(self._holder.state.servings),
@@ -191,7 +200,7 @@ class KvEndpoint:
             blocks_in=c.blocks_in,
             blocks_out=c.blocks_out,
             corrupt=c.corrupt,
-            dropped={**c.dropped, **clients},
+            dropped=dropped,
             ended=dict(c.ended),
         )
 

@@ -9,7 +9,7 @@ import zmq
 
 from kvtransfer import fetching
 from kvtransfer import fetching_state as fs
-from kvtransfer.channel import REFUSED, Opener, Unsealable, hello, new_link
+from kvtransfer.channel import Opener, Unsealable, hello, new_link
 from kvtransfer.events import BlockArrived, Counters, Event, FetchEnded, Noted
 from kvtransfer.integrity import is_intact, seal, unseal
 from kvtransfer.messages import BlockHeader, Blocks, Offer, SlotsReturned
@@ -177,13 +177,14 @@ class Fetcher:
             return Link(key, dealer, dealer, (monitor_of(dealer, WATCHED),), state, self._clock(), None)
         name = new_link()
         dealer = open_dealer(self._context, control, size, keys=self._keys, link=name)
+        greeting = hello(self._keys.transfer, name)
         try:
-            inbound = open_dealer(self._context, bulk, size, link=name)
+            inbound = open_dealer(self._context, bulk, size, link=name, hello=greeting)
         except zmq.ZMQError:
             dealer.close()
             raise
-        inbound.send(hello(self._keys.transfer, name))
-        monitors = (monitor_of(dealer, WATCHED | DENIED), monitor_of(inbound, WATCHED))
+        inbound.send(greeting)
+        monitors = (monitor_of(dealer, WATCHED | DENIED), monitor_of(inbound, WATCHED | DENIED))
         opener = Opener(self._keys.transfer, name, self._pool)
         return Link(key, dealer, inbound, monitors, state, self._clock(), opener)
 
@@ -295,10 +296,6 @@ class Fetcher:
     ) -> tuple[Payload, Payload | None] | None:
         """The message in sealed frames; None: the greeting, or nothing of this session."""
         greeted = opener.is_open
-        if not greeted and frame == REFUSED:
-            self._counters.drop("unknown_key")
-            link.refused = "the holder has another transfer key"
-            return None
         try:
             opened = opener.open(frame, payload)
         except Unsealable as error:

@@ -13,7 +13,6 @@ import zmq
 
 from kvtransfer import holding
 from kvtransfer import holding_state as hs
-from kvtransfer.channel import REFUSED
 from kvtransfer.events import Counters, Event, NeedBlocks, StreamReleased, WantedChanged
 from kvtransfer.integrity import digest, seal, unseal
 from kvtransfer.messages import BlockHeader, Blocks, Offer, SlotsReturned, Standing
@@ -288,7 +287,7 @@ class Holder:
         self.flush()
 
     def receive_hellos(self) -> None:
-        """Reads the bulk socket, on which strangers may write; with the fleet's key they are greeted."""
+        """Reads the bulk socket: whoever says the hello of the link that it is, is greeted."""
         if self._sealing is None:
             return
         for _ in range(RECEIVE_BUDGET):
@@ -300,8 +299,9 @@ class Holder:
             greeting = self._sealing.greet(link, frames[1]) if len(frames) == 2 else None
             if greeting is None:
                 self._counters.drop("hello")
+                continue
             with suppress(zmq.ZMQError):  # gone again, or it does not read: it is no fetcher yet
-                send(self.out, (link, greeting if greeting is not None else REFUSED), None)
+                send(self.out, (link, greeting), None)
 
     def _heard(self, link: bytes, envelope: Envelope) -> None:
         if isinstance(envelope.message, SlotsReturned):

@@ -11,7 +11,16 @@ from zmq.utils.monitor import parse_monitor_message
 
 from kvtransfer.protocol import MAX_CONTROL_BYTES
 from kvtransfer.transports.base import PARCEL_BYTES, Payload
-from mesh.curve import HANDSHAKE_FAILED, check_address, dial, is_ipc, is_loopback, serve
+from mesh.curve import (
+    HANDSHAKE_FAILED,
+    check_address,
+    dial,
+    is_ipc,
+    is_loopback,
+    say_hello,
+    serve,
+    serve_hellos,
+)
 from mesh.errors import EXIT_PORT, EXIT_USAGE, KvmeshError, StartupError
 from mesh.keys import Keys
 
@@ -33,7 +42,8 @@ FAILED_CONNECTS = 3
 BACKLOG = 1024
 COPY_BELOW = 1 << 16
 """Sending a frame without a copy costs more than copying it below this size."""
-HELLO_LIMIT = 64
+HELLO_LIMIT = 128
+"""The longest frame on a bulk connection is the handshake's, with a link and its hello."""
 HELLO_QUEUE = 64
 WILDCARDS = ("tcp://*:", "tcp://0.0.0.0:", "tcp://[::]:")
 LOST = zmq.EVENT_DISCONNECTED
@@ -76,14 +86,18 @@ def open_router(context: Context, address: str, block_bytes: int, keys: Keys | N
 def open_bulk_router(context: Context, given: str, control: str) -> tuple[Socket, str]:
     """Beside an encrypted `open_router`: takes hellos, sends what is sealed. Returns the address that names both.
 
+    ZeroMQ bounds a frame and a queue of messages, but not the frames of a message. So nobody may send one who has not
+    proved the fleet's key in the handshake.
+
     On the port after `given`'s, if that has one. Raises `StartupError`.
     """
     host, port = control.rsplit(":", 1)
     chosen = given.rsplit(":", 1)[1] in ("0", "*")
     socket: Socket = context.socket(zmq.ROUTER)
     _configure(socket, 0)
-    socket.maxmsgsize = HELLO_LIMIT  # before its hello, a peer is nobody
+    socket.maxmsgsize = HELLO_LIMIT
     socket.rcvhwm = HELLO_QUEUE
+    serve_hellos(socket)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.BACKLOG, BACKLOG)
     bound = _bind(socket, f"{host}:{'*' if chosen else int(port) + 1}")
@@ -111,18 +125,28 @@ def addresses(kv_address: str, keys: Keys | None) -> tuple[str, str]:
         if keys is None:
             raise DialRefused(f"{kv_address}: its blocks are encrypted and this worker has no --keys")
         return f"{sealed[1]}:{sealed[2]}", f"{sealed[1]}:{sealed[3]}"
-    if kv_address.startswith("tcp:"):
-        if keys is not None:
-            raise DialRefused(f"{kv_address}: this worker has --keys and that one does not encrypt")
-        if not is_loopback(kv_address):
-            raise DialRefused(f"{kv_address}: not loopback, so KV blocks would leave this machine unencrypted")
+    if is_ipc(kv_address):
+        return kv_address, ""
+    if keys is not None:
+        raise DialRefused(f"{kv_address}: this worker has --keys and that one does not encrypt")
+    if not is_loopback(kv_address):
+        raise DialRefused(f"{kv_address}: not loopback, so KV blocks would leave this machine unencrypted")
     return kv_address, ""
 
 
 def open_dealer(
-    context: Context, address: str, block_bytes: int, *, keys: Keys | None = None, link: bytes = b""
+    context: Context,
+    address: str,
+    block_bytes: int,
+    *,
+    keys: Keys | None = None,
+    link: bytes = b"",
+    hello: bytes = b"",
 ) -> Socket:
-    """A connection to one holder, over CURVE with `keys`. Raises `zmq.ZMQError` for an address that is none."""
+    """A connection to one holder: over CURVE with `keys`, to its bulk port with `hello`.
+
+    Raises `zmq.ZMQError` for an address that is none.
+    """
     socket: Socket = context.socket(zmq.DEALER)
     _configure(socket, block_bytes)
     socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
@@ -131,6 +155,8 @@ def open_dealer(
         socket.setsockopt(zmq.ROUTING_ID, link)
     if keys is not None:
         dial(socket, keys, keys.worker)
+    if hello:
+        say_hello(socket, link, hello)
     try:
         socket.connect(address)
     except zmq.ZMQError:

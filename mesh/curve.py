@@ -1,4 +1,4 @@
-"""ZeroMQ CURVE on sockets that may leave the machine, and the thread that says which client keys are known.
+"""ZeroMQ CURVE on sockets that may leave the machine, and the thread that says who is let in.
 
 libzmq lets every client key in when nobody answers its question (ZAP, RFC 27). So each server socket enforces a domain:
 without an answer, or when the thread below is dead, a connection is refused.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import threading
+from collections.abc import Callable
 
 import zmq
 from zmq.utils import z85
@@ -18,6 +19,7 @@ from mesh.keys import Keys
 
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 DOMAIN = b"kvmesh"
+HELLO_DOMAIN = b"kvmesh-hello"
 TCP = re.compile(r"tcp://(\*|[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(\d{1,5}|\*)")
 """One host and one port. ZeroMQ also knows `tcp://FROM;TO`, of which only FROM might be loopback."""
 HANDSHAKE_MS = 2000
@@ -67,6 +69,21 @@ def serve(socket: Socket, keys: Keys) -> None:
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
 
 
+def serve_hellos(socket: Socket) -> None:
+    """Before `bind`: only clients whose hello the context's `Authenticator` accepts get in; nothing is encrypted."""
+    socket.setsockopt(zmq.PLAIN_SERVER, 1)
+    socket.setsockopt(zmq.ZAP_DOMAIN, HELLO_DOMAIN)
+    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+
+
+def say_hello(socket: Socket, name: bytes, hello: bytes) -> None:
+    """Before `connect`, to a socket of `serve_hellos`."""
+    socket.setsockopt(zmq.PLAIN_USERNAME, name)
+    socket.setsockopt(zmq.PLAIN_PASSWORD, hello)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+
+
 def dial(socket: Socket, keys: Keys, server: bytes) -> None:
     """Before `connect`: the other end must prove that it has the secret of `server`."""
     socket.setsockopt(zmq.CURVE_SERVERKEY, server)
@@ -78,11 +95,18 @@ def dial(socket: Socket, keys: Keys, server: bytes) -> None:
 class Authenticator:
     """Answers libzmq's questions for one context. Close it after the server sockets, before the context."""
 
-    def __init__(self, context: Context, known: frozenset[bytes]) -> None:
-        """`known`: public keys of clients, in Z85."""
+    def __init__(
+        self,
+        context: Context,
+        known: frozenset[bytes],
+        is_hello: Callable[[bytes, bytes], bool] = lambda name, hello: False,
+    ) -> None:
+        """`known`: public keys of clients, in Z85. `is_hello`: whether a client of `serve_hellos` is let in."""
         self._known = frozenset(z85.decode(key) for key in known)
+        self._is_hello = is_hello
         self.refused = 0
         """Connections with a key that is not known."""
+        self.refused_hellos = 0
         self._socket = context.socket(zmq.REP)
         self._socket.linger = 0
         self._socket.bind(ZAP_ENDPOINT)
@@ -107,8 +131,18 @@ class Authenticator:
 
     def _answer(self, request: list[bytes]) -> list[bytes]:
         """One request of RFC 27: version, id, domain, address, identity, mechanism, credentials."""
-        known = len(request) == 7 and request[2] == DOMAIN and request[5] == b"CURVE" and request[6] in self._known
-        self.refused += not known
+        domain, mechanism, credentials = request[2:3], request[5:6], request[6:]
+        if domain == [HELLO_DOMAIN]:
+            known = mechanism == [b"PLAIN"] and len(credentials) == 2 and self._is_hello(*credentials)
+            self.refused_hellos += not known
+        else:
+            known = (
+                domain == [DOMAIN]
+                and mechanism == [b"CURVE"]
+                and len(credentials) == 1
+                and credentials[0] in self._known
+            )
+            self.refused += not known
         status = (b"200", b"OK") if known else (b"400", b"unknown key")
         return [b"1.0", request[1] if len(request) > 1 else b"", *status, b"", b""]
 

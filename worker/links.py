@@ -64,9 +64,7 @@ class ProxyLink:
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
         if keys is not None and not is_ipc(address):
             dial(self.socket, keys, keys.proxy)
-        self.monitor = self.socket.get_monitor_socket(
-            zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | HANDSHAKE_FAILED
-        )
+        self.monitor = self.socket.get_monitor_socket(WATCHED)
         self.socket.connect(address)
 
     @property

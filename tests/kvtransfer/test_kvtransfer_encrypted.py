@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import secrets
+import socket
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from kvtransfer import channel, sealing
 from kvtransfer.channel import LINK_BYTES, Opener, Sealer, Unsealable
 from kvtransfer.endpoint import WantedChanged
 from kvtransfer.sockets import DialRefused, addresses
 from kvtransfer.transports.pool import BufferPool
+from mesh.curve import HANDSHAKE_FAILED, say_hello
 from mesh.errors import StartupError
 from mesh.keys import WORKER, Keys, create, load
 from tests.kvtransfer.pairs import LAYOUT, Pair, content, encrypted, name, transfer_id, wanted
@@ -49,7 +53,7 @@ def test_blocks_arrive(tmp_path: Path, keys: Keys) -> None:
     with encrypted(tmp_path, keys, keys) as pair:
         fetched(pair, range(40))
         for side in pair.sides:
-            assert side.endpoint.stats().dropped.keys() <= {"client_key", "transfer"}
+            assert {reason for reason, count in side.endpoint.stats().dropped.items() if count} <= {"transfer"}
 
 
 def test_a_stream_is_fetched_as_it_is_produced_with_its_note(tmp_path: Path, keys: Keys) -> None:
@@ -99,7 +103,7 @@ def test_an_unknown_client_key_is_refused_and_counted_by_the_holder(tmp_path: Pa
 
 def test_another_transfer_key_is_refused_and_counted_by_both(tmp_path: Path, keys: Keys) -> None:
     with encrypted(tmp_path, replace(keys, transfer=secrets.token_bytes(32)), keys) as pair:
-        ends_without_a_block(pair, "peer_lost", "another transfer key")
+        ends_without_a_block(pair, "peer_lost", "key")
         assert pair.fetcher.endpoint.stats().dropped["unknown_key"] >= 1
         assert pair.holder.endpoint.stats().dropped["hello"] >= 1
 
@@ -154,6 +158,8 @@ def test_a_holder_that_closes_ends_the_fetch_at_once(tmp_path: Path, keys: Keys)
         "tcp://127.0.0.1:0;10.1.2.3:7000",
         "tcp://127.0.0.1@10.1.2.3:7000",
         "tcp://127.0.0.1.example:7000",
+        "ws://10.1.2.3:7000",
+        "tipc://{1,1}",
     ],
 )
 def test_without_keys_no_other_machine_is_dialled(address: str) -> None:
@@ -161,36 +167,89 @@ def test_without_keys_no_other_machine_is_dialled(address: str) -> None:
         addresses(address, None)
 
 
-def test_strangers_on_the_bulk_port_are_counted_and_others_are_served(tmp_path: Path, keys: Keys) -> None:
-    with encrypted(tmp_path, keys, keys) as pair:
-        _, bulk = addresses(pair.holder.endpoint.peer.kv_address, keys)
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        with context.socket(zmq.DEALER) as stranger:
-            stranger.linger = 0
-            stranger.connect(bulk)
-            hostile = [[b""], [b"x"] * 9, [secrets.token_bytes(32)], [channel.hello(FLEET, LINK)]]
-            for frames in hostile:
-                stranger.send_multipart(frames)
-            pair.run(lambda: pair.holder.endpoint.stats().dropped.get("hello", 0) >= len(hostile))
-            assert stranger.poll(1000)
-            assert stranger.recv_multipart() == [channel.REFUSED]
-        context.term()
+class Stranger:
+    """Dials a bulk port with whatever credentials; says whether it was let in, or hung up on."""
+
+    def __init__(self, address: str, hello: tuple[bytes, bytes] | None) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.socket = self._context.socket(zmq.DEALER)
+        if hello is not None:
+            self.socket.setsockopt(zmq.ROUTING_ID, hello[0])
+            say_hello(self.socket, *hello)
+        self._monitor = self.socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | HANDSHAKE_FAILED | zmq.EVENT_DISCONNECTED
+        )
+        self.socket.connect(address)
+
+    def event(self) -> int:
+        assert self._monitor.poll(5000), "nothing happened"
+        return int(parse_monitor_message(self._monitor.recv_multipart())["event"])
+
+    def __enter__(self) -> Stranger:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self.socket.close(linger=0)
+        self._context.term()
+
+
+def bulk_port(pair: Pair, keys: Keys) -> str:
+    return addresses(pair.holder.endpoint.peer.kv_address, keys)[1]
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [None, (LINK, b"x"), (LINK, secrets.token_bytes(32)), (LINK, channel.hello(FLEET, LINK))],
+    ids=["none", "short", "guessed", "of another fleet"],
+)
+def test_a_stranger_may_send_nothing_to_the_bulk_port(
+    tmp_path: Path, keys: Keys, hello: tuple[bytes, bytes] | None
+) -> None:
+    with encrypted(tmp_path, keys, keys) as pair, Stranger(bulk_port(pair, keys), hello) as stranger:
+        stranger.socket.send_multipart([b"x"] * 1000)
+        assert stranger.event() != zmq.EVENT_HANDSHAKE_SUCCEEDED
+        if hello is not None:
+            pair.run(lambda: pair.holder.endpoint.stats().dropped["hello"] >= 1)
+        assert not pair.holder.endpoint._holder.out.poll(0)
         fetched(pair, range(3))
 
 
-def test_a_frame_too_long_for_a_hello_ends_the_strangers_connection(tmp_path: Path, keys: Keys) -> None:
+def test_frames_without_end_from_a_stranger_are_not_kept(tmp_path: Path, keys: Keys) -> None:
+    """ZMTP by hand, as no ZeroMQ client would speak it: the handshake's first command never ends its message."""
     with encrypted(tmp_path, keys, keys) as pair:
-        _, bulk = addresses(pair.holder.endpoint.peer.kv_address, keys)
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        stranger = context.socket(zmq.DEALER)
-        monitor = stranger.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        stranger.connect(bulk)
-        stranger.send(bytes(1 << 20))
-        assert monitor.poll(5000)
-        stranger.disable_monitor()
-        monitor.close(linger=0)
-        stranger.close(linger=0)
-        context.term()
+        host, port = bulk_port(pair, keys).removeprefix("tcp://").rsplit(":", 1)
+        with socket.create_connection((host, int(port))) as stranger:
+            stranger.settimeout(10)
+            stranger.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"PLAIN".ljust(20, b"\0") + bytes(32))
+            with suppress(ConnectionError):
+                for _ in range(1000):
+                    stranger.sendall(b"\x01\x01x" * 1000)
+                while stranger.recv(1 << 16):
+                    pass
+        assert not pair.holder.endpoint._holder.out.poll(0)
+        fetched(pair, range(3))
+
+
+def test_a_hello_of_another_link_is_counted_and_not_answered(tmp_path: Path, keys: Keys) -> None:
+    hello = (LINK, channel.hello(keys.transfer, LINK))
+    with encrypted(tmp_path, keys, keys) as pair, Stranger(bulk_port(pair, keys), hello) as stranger:
+        hostile = [[b""], [b"x"] * 9, [channel.hello(keys.transfer, b"\x02" * LINK_BYTES)]]
+        for frames in hostile:
+            stranger.socket.send_multipart(frames)
+        assert stranger.event() == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        pair.run(lambda: pair.holder.endpoint.stats().dropped["hello"] >= len(hostile))
+        fetched(pair, range(3))
+        assert not stranger.socket.poll(0)
+
+
+def test_a_frame_too_long_for_a_hello_ends_the_connection(tmp_path: Path, keys: Keys) -> None:
+    hello = (LINK, channel.hello(keys.transfer, LINK))
+    with encrypted(tmp_path, keys, keys) as pair, Stranger(bulk_port(pair, keys), hello) as stranger:
+        stranger.socket.send(bytes(1 << 20))
+        assert stranger.event() == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        assert stranger.event() == zmq.EVENT_DISCONNECTED
         fetched(pair, range(3))
 
 

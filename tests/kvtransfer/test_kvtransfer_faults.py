@@ -230,11 +230,11 @@ def test_a_peer_that_is_not_there_is_lost_at_once(tmp_path: Path) -> None:
         assert pair.finish(T).outcome == "peer_lost"
 
 
-def test_an_address_that_is_none_is_a_lost_peer(tmp_path: Path) -> None:
+def test_an_address_that_is_none_is_not_dialled(tmp_path: Path) -> None:
     with connected(tmp_path) as pair:
         pair.fetcher.endpoint.fetch(T, 1, Peer("p", 7, "nonsense", "here"), "r#1", wanted([0]), 60)
         ended = pair.finish(T)
-        assert (ended.outcome, ended.missing) == ("peer_lost", (0,))
+        assert (ended.outcome, ended.missing) == ("refused", (0,))
 
 
 def test_a_holder_that_does_not_answer_times_out(tmp_path: Path) -> None:

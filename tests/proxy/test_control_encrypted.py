@@ -30,7 +30,7 @@ class Known:
     def __init__(self) -> None:
         self.workers: list[str] = []
 
-    def registered(self, info: WorkerInfo) -> bool:
+    def registered(self, info: WorkerInfo, *, moved: bool) -> bool:
         self.workers.append(info.worker_id)
         return True
 
