@@ -82,6 +82,7 @@ def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
     keys = load_keys(settings.keys, WORKER)
     for address in settings.proxy:
         check_address("--proxy", address, keys)
+    check_address("--kv-bind", settings.kv_bind, keys)
     set_threads(settings.threads)
     threading.stack_size(STACK_BYTES)
     sys.setswitchinterval(SWITCH_INTERVAL_S)

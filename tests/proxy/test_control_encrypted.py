@@ -104,12 +104,19 @@ def test_an_unknown_key_is_refused_and_counted(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
-def test_plain_text_and_a_wrong_proxy_key_get_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["no keys", "wrong proxy key", "unknown key"])
+def test_who_gets_nothing_is_told_so(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     async def body(door: Door) -> None:
-        other = replace(door.worker_keys, proxy=zmq.curve_keypair()[0])
-        for keys in (None, other):
-            assert not await door.dial(keys, QUIET_ROUNDS)
+        public, secret = zmq.curve_keypair()
+        keys = {
+            "no keys": None,
+            "wrong proxy key": replace(door.worker_keys, proxy=public),
+            "unknown key": replace(door.worker_keys, public=public, secret=secret),
+        }[kind]
+        assert not await door.dial(keys, QUIET_ROUNDS)
         assert door.known.workers == []
+        assert "do not know each other's keys" in caplog.text
+        assert secret.decode() not in caplog.text
 
     run(tmp_path, body)
 
