@@ -26,6 +26,7 @@ COMMANDS = {
     "chat": Command("mesh.terminal:chat", "talk to a running mesh"),
     "complete": Command("mesh.terminal:complete", "continue a text"),
     "keys": Command("mesh.keys:main", "make the keys of a fleet that spans several hosts"),
+    "doctor": Command("kvtransfer.doctor:main", "look at this host, measure its links, say which of them workers use"),
     "version": Command("mesh.cli:version", "print the version"),
 }
 

@@ -137,3 +137,13 @@ class CompleteSettings:
     max_tokens: int = _flag("longest continuation in tokens", 64, minimum=1)
     temperature: float = _flag("0 is greedy", 0.0, minimum=0.0)
     quiet: bool = _flag("print the continuation alone", False)
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorSettings:
+    """`kvmesh doctor`."""
+
+    store: str = _flag("a store to ask: redis://HOST:PORT/DB", "")
+    keys: str = _flag("directory of the fleet's keys, to look at them too", "")
+    mib: int = _flag("how much each link moves per round", 64, minimum=1, maximum=4096)
+    json: bool = _flag("print one JSON object", False)
