@@ -179,6 +179,8 @@ class Prefill:
     deadline_s: float
     """Relative, from receipt."""
     decode: Peer
+    history_tokens: int
+    """Of the prompt's beginning that `decode` is thought to hold and that are worth fetching from there; 0: none."""
 
 
 @message(7)

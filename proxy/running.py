@@ -36,6 +36,8 @@ class Choice:
     decode: Place | None = None
     """Of the last attempt."""
     recompute_limit: int = 0
+    history_tokens: int = 0
+    """Both of the last plan; see `Decode` and `Prefill`."""
 
     @property
     def params(self) -> SamplingParams:

@@ -142,6 +142,32 @@ def test_blocks_that_another_worker_holds_are_fetched_instead_of_computed() -> N
     assert few.source is None
 
 
+def test_a_prefill_worker_fetches_the_history_that_the_decode_worker_has() -> None:
+    d, p = decode("d0", cached_tokens=6000), prefill("p0", cached_tokens=500)
+    result = plan(9000, d, p)
+    assert (result.source, result.source_prefills) == (p.place, True)
+    assert (result.history_tokens, result.computed_tokens, result.uncached_tokens) == (6000, 3000, 3000)
+
+
+@pytest.mark.parametrize(
+    ("cached", "policy"),
+    [(700, AUTO), (6000, Policy(-1, 1.0)), (6000, Policy(-1, 1e-6, fetch_above=10**9))],
+    ids=["too little", "slower than computing", "not wanted"],
+)
+def test_a_history_that_does_not_pay_is_computed(cached: int, policy: Policy) -> None:
+    result = plan(9000, decode("d0", cached_tokens=cached), prefill("p0", cached_tokens=500), policy=policy)
+    assert result.source_prefills
+    assert (result.history_tokens, result.computed_tokens) == (0, 8500)
+
+
+def test_a_history_makes_the_prefill_worker_quicker_in_the_comparison_too() -> None:
+    """Without it a prefill worker that lacks everything would take longer than the decode worker with its streams."""
+    speed = {"tokens_per_s": 10_000.0}
+    d, p = decode("d0", cached_tokens=8000, live=3, **speed), prefill("p0", **speed)
+    assert plan(9000, d, p).history_tokens == 8000
+    assert not plan(9000, d, p, policy=Policy(-1, 1e-6, fetch_above=10**9)).source_prefills
+
+
 def test_slow_transfers_are_not_preferred_to_computing() -> None:
     result = plan(4000, decode("d0"), decode("d1", cached_tokens=3990, live=64), policy=Policy(-1, 1.0))
     assert result.source is None
