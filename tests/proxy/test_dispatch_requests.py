@@ -61,6 +61,22 @@ def test_a_long_prompt_goes_through_both_pools(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_prefill_worker_hears_what_the_decode_worker_has_of_the_turns_before(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            prefill = await mesh.worker("p0", "prefill")
+            decode = await mesh.worker("d0", "decode")
+            tokens, root = tuple(range(2000)), blockhash.root(b"digest", LAYOUT)
+            held = blockhash.chain(root, tokens, LAYOUT.block_tokens)[:300]
+            decode.send(BlockEvents(1, True, tuple(held), ()))
+            await mesh.until(lambda: len(mesh.index) == 300)
+            mesh.dispatcher.submit(request(tokens=tokens))
+            assert (await prefill.expect(Prefill)).history_tokens == 300 * LAYOUT.block_tokens
+            assert (await decode.expect(Decode)).source_prefills
+
+    asyncio.run(scenario())
+
+
 def test_a_salt_separates_the_blocks(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as mesh:
