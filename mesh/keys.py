@@ -118,9 +118,10 @@ def _transfer(path: Path) -> bytes:
 
 
 def _read(path: Path, *, private: bool) -> bytes:
-    """Checked on the open file, so that what was checked is what is read."""
+    """Checked on the open file, so that what was checked is what is read, wherever a link led (mounted secrets are
+    links in Kubernetes)."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise StartupError(f"--keys: cannot read {path}: {error.strerror}", EXIT_USAGE) from None
     try:

@@ -101,11 +101,18 @@ def test_halves_of_two_pairs_are_refused(folder: Path, tmp_path: Path) -> None:
     assert "not one pair" in refusal(folder)
 
 
-def test_a_link_a_pipe_and_a_directory_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_link_is_judged_by_the_file_that_it_leads_to(folder: Path, tmp_path: Path) -> None:
+    secret, elsewhere = folder / "worker.secret", tmp_path / "elsewhere"
+    known = load(folder, WORKER)
+    secret.rename(elsewhere)
+    secret.symlink_to(elsewhere)
+    assert load(folder, WORKER) == known
+    elsewhere.chmod(0o644)
+    assert "can be read by other users" in refusal(folder)
+
+
+def test_a_pipe_and_a_directory_are_refused(folder: Path) -> None:
     secret = folder / "worker.secret"
-    secret.rename(tmp_path / "elsewhere")
-    secret.symlink_to(tmp_path / "elsewhere")
-    refusal(folder)
     secret.unlink()
     os.mkfifo(secret, 0o600)
     assert "not a file" in refusal(folder)
