@@ -103,10 +103,10 @@ def test_halves_of_two_pairs_are_refused(folder: Path, tmp_path: Path) -> None:
 
 def test_a_link_is_judged_by_the_file_that_it_leads_to(folder: Path, tmp_path: Path) -> None:
     secret, elsewhere = folder / "worker.secret", tmp_path / "elsewhere"
-    known = load(folder, WORKER)
+    known = load(str(folder), WORKER)
     secret.rename(elsewhere)
     secret.symlink_to(elsewhere)
-    assert load(folder, WORKER) == known
+    assert load(str(folder), WORKER) == known
     elsewhere.chmod(0o644)
     assert "can be read by other users" in refusal(folder)
 
