@@ -105,7 +105,7 @@ def request(proxy: Proxy, prompt: list[int], *, overlapped: bool) -> Timed:
     params = SamplingParams(max_tokens=TOKENS, temperature=0.0)
     common = (id, 1, tuple(prompt), len(prompt), params, root, PATIENCE_S)
     decode = Decode(*common, proxy.peer("prefill-0"), True, 0)
-    proxy.send("prefill-0", Prefill(*common, proxy.peer("decode-0"), 0))
+    proxy.send("prefill-0", Prefill(*common, None, 0))
     if overlapped:
         proxy.send("decode-0", decode)
     tokens: dict[int, int] = {}

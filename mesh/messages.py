@@ -178,9 +178,10 @@ class Prefill:
     hash_root: bytes
     deadline_s: float
     """Relative, from receipt."""
-    decode: Peer
+    history: Peer | None
+    """A worker that has more of the prompt's beginning, of the turns before, so that fetching it beats computing it."""
     history_tokens: int
-    """Of the prompt's beginning that `decode` is thought to hold and that are worth fetching from there; 0: none."""
+    """How much it is thought to have."""
 
 
 @message(7)

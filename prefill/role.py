@@ -2,9 +2,8 @@
 
 Life of a request here:
 
-    1. `Prefill` arrives        with a history: the decode worker's blocks of it are fetched (FETCHING), and what does
-                                not come is computed; then
-                                the engine computes it chunk by chunk (a request that leaves after one token)
+    1. `Prefill` arrives        with a history: another worker's blocks of it are fetched (FETCHING);
+                                the engine computes the rest chunk by chunk (a request that leaves after one token)
     2. the decode worker's `Fetch` may come before, during or after; completed blocks go out with the chunk that
        completes them
     3. the first token          straight to the proxy, and as a note on the stream to the decode worker
@@ -32,7 +31,7 @@ from worker.steploop import Expected, Rejected, Stepped
 class PrefillJob(Job):
     """A prompt that is computed here."""
 
-    decode: Peer
+    history: Peer | None
     history_tokens: int
     transfer_id: bytes = b""
     """Of the history, while it is fetched."""
@@ -61,7 +60,7 @@ class PrefillRole:
             self._parts.refuse_role(Job(message.request_id, message.attempt, link, deadline), message)
             return
         job = PrefillJob(
-            message.request_id, message.attempt, link, deadline, message.decode, max(0, message.history_tokens)
+            message.request_id, message.attempt, link, deadline, message.history, max(0, message.history_tokens)
         )
         known = self._jobs.get(message.request_id)
         if not self._parts.is_new(job, known, len(message.tokens)):
@@ -72,7 +71,7 @@ class PrefillRole:
         self._streams[job.key] = job
         self._parts.kv.open_stream(job.key)
         request = engine_request(message, self._parts.clock(), stop_after=1)
-        if job.history_tokens:
+        if job.history is not None:
             self._parts.loop.expect(request)
         else:
             self._parts.loop.add(request)
@@ -120,7 +119,7 @@ class PrefillRole:
 
     def expected(self, event: Expected) -> None:
         job = self._streams.get(event.key)
-        if job is None:
+        if job is None or job.history is None:
             return
         blocks = job.history_tokens // self._parts.kv.layout.block_tokens
         wanted = [Wanted(m.index, m.hash, m.valid_tokens) for m in event.missing if m.index < blocks]
@@ -130,7 +129,7 @@ class PrefillRole:
         job.transfer_id = new_transfer_id()
         self._by_transfer[job.transfer_id] = job
         left = job.deadline - self._parts.clock()
-        self._parts.kv.fetch(job.transfer_id, job.attempt, job.decode, "", wanted, left)
+        self._parts.kv.fetch(job.transfer_id, job.attempt, job.history, "", wanted, left)
 
     def rejected(self, event: Rejected) -> None:
         job = self._streams.get(event.key)

@@ -4,7 +4,7 @@ Every decode worker is an option, in one of two ways, and the option with the le
 
     here      cost = wait + g x (LAMBDA + live)             the prompt's remainder is computed where it is
     decoded remote    cost = wait + wait_P + LAMBDA x g_P + moved   a prefill worker computes it, the blocks
-    travel; what only the decode worker has of the prompt's beginning travels to the prefill worker first
+    travel; what another worker has of the prompt's beginning travels to the prefill worker first
 
 `g` is the time to compute the uncached tokens, `live` the requests on the worker that this delays: own wait
 plus the delay of others, "join with minimum marginal delay". LAMBDA weighs the time against queues: with it,
@@ -84,6 +84,14 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class History:
+    """The beginning of a prompt, of the turns before, where another worker has it."""
+
+    holder: Place
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Where a request goes."""
 
@@ -96,8 +104,8 @@ class Plan:
     computed_tokens: int
     """By the worker that computes the prompt's remainder."""
     cost_s: float
-    history_tokens: int = 0
-    """That the prefill worker first fetches from the decode worker, which has them of the turns before."""
+    history: History | None = None
+    """What the prefill worker first fetches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +132,10 @@ class _Ask:
         """Seconds until so many tokens' blocks have come from another worker."""
         return HANDOFF_S + tokens * self.policy.transfer_s_per_token
 
+    def pays(self, gain: int, worker: Candidate) -> bool:
+        """Fetching so many tokens' blocks beats computing them at `worker`."""
+        return gain >= max(1, self.policy.fetch_above) and self.fetch(gain) < self.seconds(gain, worker)
+
     def moved(self, decode: Candidate) -> float:
         """Seconds for the blocks that the decode worker lacks."""
         return max(0, self.tokens - decode.cached_tokens) * self.policy.transfer_s_per_token
@@ -134,7 +146,7 @@ class _Feed:
     """A prefill worker as it would serve one decode worker."""
 
     worker: Candidate
-    history_tokens: int
+    history: History | None
     work: int
     """Tokens that it computes."""
     fetch_s: float
@@ -182,7 +194,7 @@ def _plan(ask: _Ask, decode: Candidate, feeder: Candidate | None, here_only: boo
     if feed is not None and not _stays(ask, decode, feed, remainder):
         worker = feed.worker
         cost = base + ask.wait(worker) + LAMBDA * (feed.fetch_s + ask.seconds(feed.work, worker)) + ask.moved(decode)
-        return Plan(decode.place, worker.place, True, RECOMPUTE_TOKENS, uncached, feed.work, cost, feed.history_tokens)
+        return Plan(decode.place, worker.place, True, RECOMPUTE_TOKENS, uncached, feed.work, cost, feed.history)
     cost = base + ask.seconds(remainder, decode) * (LAMBDA + decode.live)
     if holder is None:
         return Plan(decode.place, None, False, ask.tokens, uncached, remainder, cost)
@@ -192,20 +204,18 @@ def _plan(ask: _Ask, decode: Candidate, feeder: Candidate | None, here_only: boo
 
 
 def _feed(ask: _Ask, decode: Candidate, feeder: Candidate) -> _Feed:
-    """What the decode worker has of the turns before is fetched from it, where that beats computing it again."""
-    gain = decode.cached_tokens - feeder.cached_tokens
-    if gain >= max(1, ask.policy.fetch_above) and ask.fetch(gain) < ask.seconds(gain, feeder):
-        return _Feed(feeder, decode.cached_tokens, ask.uncached(decode), ask.fetch(gain))
-    return _Feed(feeder, 0, ask.uncached(feeder), 0.0)
+    """What another worker has of the turns before, best the decode worker, is fetched from it."""
+    best = max(ask.workers, key=lambda w: (w.cached_tokens, w is decode, -w.owed_tokens, w.place))
+    gain = best.cached_tokens - feeder.cached_tokens
+    if not ask.pays(gain, feeder):
+        return _Feed(feeder, None, ask.uncached(feeder), 0.0)
+    return _Feed(feeder, History(best.place, best.cached_tokens), ask.uncached(best), ask.fetch(gain))
 
 
 def _holder(ask: _Ask, decode: Candidate) -> Candidate | None:
     """Another worker that holds so much more of the prefix that fetching it beats computing it."""
     best = max(ask.workers, key=lambda w: (w.cached_tokens, -w.owed_tokens, w.place))
-    gain = best.cached_tokens - decode.cached_tokens
-    if best.place == decode.place or gain < max(1, ask.policy.fetch_above):
-        return None
-    return best if ask.fetch(gain) < ask.seconds(gain, decode) else None
+    return best if ask.pays(best.cached_tokens - decode.cached_tokens, decode) else None
 
 
 def _stays(ask: _Ask, decode: Candidate, feed: _Feed, remainder: int) -> bool:

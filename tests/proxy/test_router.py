@@ -14,7 +14,7 @@ from proxy.routing import admission
 from proxy.routing.admission import RETRY_FLOOR, RETRY_WINDOW_S, RetryBudget
 from proxy.routing.place import Place
 from proxy.routing.pool import BEAT_TIMEOUT_S, MAX_STEP_BOUND_S, OPTIMISM_S, REVIVE_AFTER_S, WorkerPool
-from proxy.routing.router import RECOMPUTE_TOKENS, Candidate, Plan, Policy, cold_threshold, route
+from proxy.routing.router import RECOMPUTE_TOKENS, Candidate, History, Plan, Policy, cold_threshold, route
 from tests.proxy.fake_worker import IDLE, info
 
 BASE = Candidate(
@@ -146,7 +146,8 @@ def test_a_prefill_worker_fetches_the_history_that_the_decode_worker_has() -> No
     d, p = decode("d0", cached_tokens=6000), prefill("p0", cached_tokens=500)
     result = plan(9000, d, p)
     assert (result.source, result.source_prefills) == (p.place, True)
-    assert (result.history_tokens, result.computed_tokens, result.uncached_tokens) == (6000, 3000, 3000)
+    assert result.history == History(d.place, 6000)
+    assert (result.computed_tokens, result.uncached_tokens) == (3000, 3000)
 
 
 @pytest.mark.parametrize(
@@ -157,14 +158,23 @@ def test_a_prefill_worker_fetches_the_history_that_the_decode_worker_has() -> No
 def test_a_history_that_does_not_pay_is_computed(cached: int, policy: Policy) -> None:
     result = plan(9000, decode("d0", cached_tokens=cached), prefill("p0", cached_tokens=500), policy=policy)
     assert result.source_prefills
-    assert (result.history_tokens, result.computed_tokens) == (0, 8500)
+    assert (result.history, result.computed_tokens) == (None, 8500)
+
+
+def test_a_history_may_be_any_workers_but_is_best_the_decode_workers() -> None:
+    d, p = decode("d0", cached_tokens=2000), prefill("p0")
+    full, twin = decode("d1", cached_tokens=6000, live=64), decode("d2", cached_tokens=2000, live=64)
+    result = plan(9000, d, p, full)
+    assert (result.decode, result.history, result.computed_tokens) == (d.place, History(full.place, 6000), 3000)
+    assert plan(9000, d, p, twin).history == History(d.place, 2000)
+    assert plan(9000, d, prefill("p0", cached_tokens=6000), full).history is None
 
 
 def test_a_history_makes_the_prefill_worker_quicker_in_the_comparison_too() -> None:
     """Without it a prefill worker that lacks everything would take longer than the decode worker with its streams."""
     speed = {"tokens_per_s": 10_000.0}
     d, p = decode("d0", cached_tokens=8000, live=3, **speed), prefill("p0", **speed)
-    assert plan(9000, d, p).history_tokens == 8000
+    assert plan(9000, d, p).history == History(d.place, 8000)
     assert not plan(9000, d, p, policy=Policy(-1, 1e-6, fetch_above=10**9)).source_prefills
 
 

@@ -91,4 +91,6 @@ DECODE = Peer("decode-0", 9, "", "host")
 
 def prefill_message(tokens: int = 10, attempt: int = 1, *, history: int = 0) -> Prefill:
     params = SamplingParams(max_tokens=8)
-    return Prefill("r", attempt, tuple(range(tokens)), tokens, params, b"root", 60.0, DECODE, history)
+    return Prefill(
+        "r", attempt, tuple(range(tokens)), tokens, params, b"root", 60.0, DECODE if history else None, history
+    )
