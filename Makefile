@@ -3,7 +3,8 @@
 # make lint  ruff and mypy
 # make test-clients   other people's clients (langchain, guidellm, aiperf, lm-eval), each in an environment of its own
 # make simulate   a simulated fleet with a million injected faults   (SIMULATE='--fresh --seconds 60' changes that)
-# make fuzz  20,000 requests drawn from the API's own description, and as many to a real service
+# make fuzz  a million damaged frames for the decoders, 20,000 requests drawn from the API's own description, and as many
+#            to a real service
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -40,6 +41,7 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/mypy
 
 fuzz: $(INSTALLED_DEV)
+	$(BIN)/python -m tests.fuzz_frames
 	$(BIN)/python -m tests.fuzz --requests 20000
 	$(BIN)/python -m tests.fuzz --requests 20000 --seed 1 --service
 

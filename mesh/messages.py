@@ -102,9 +102,12 @@ class PrefillReport:
     """Bytes of `transfer_bytes` that arrived before the prefill's first token did."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenDelta:
-    """New tokens of one request; `index` counts generated tokens from 0, so a proxy can emit each exactly once."""
+    """New tokens of one request; `index` counts generated tokens from 0, so a proxy can emit each exactly once.
+
+    Never changed, but not frozen because one is made per token, which takes three times as long for a frozen class.
+    """
 
     request_id: str
     attempt: int
@@ -175,7 +178,10 @@ class Prefill:
     hash_root: bytes
     deadline_s: float
     """Relative, from receipt."""
-    decode: Peer
+    history: Peer | None
+    """A worker that has more of the prompt's beginning, of the turns before, so that fetching it beats computing it."""
+    history_tokens: int
+    """How much it is thought to have."""
 
 
 @message(7)

@@ -13,6 +13,7 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import h11
 import httptools
@@ -134,13 +135,38 @@ class PatientConnection(Guarded, H11Protocol):
         """An offer that is not taken up is no event."""
 
 
+class Outbox:
+    """What one turn of the event loop writes, to all clients, one write right after the other: between tokens a client
+    would fall asleep again, and every write would pay for waking it."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[asyncio.Transport, bytes]] = []
+
+    def put(self, transport: asyncio.Transport, part: bytes) -> None:
+        """Written before any task runs that what happens from now on wakes."""
+        if not self._parts:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._parts.append((transport, part))
+
+    def _flush(self) -> None:
+        parts, self._parts = self._parts, []
+        for transport, part in parts:
+            if not transport.is_closing():
+                transport.write(part)
+
+
+OUTBOXES: WeakKeyDictionary[asyncio.AbstractEventLoop, Outbox] = WeakKeyDictionary()
+"""Of each event loop."""
+
+
 class Pipe:
-    """Writes parts of one answer at once, beside the coroutine `send`, which costs as much as all else of a token."""
+    """Writes parts of one answer beside the coroutine `send`, which costs as much as all else of a token."""
 
-    __slots__ = ("_cycle",)
+    __slots__ = ("_cycle", "_outbox")
 
-    def __init__(self, cycle: RequestResponseCycle) -> None:
+    def __init__(self, cycle: RequestResponseCycle, outbox: Outbox) -> None:
         self._cycle = cycle
+        self._outbox = outbox
 
     @property
     def ready(self) -> bool:
@@ -150,7 +176,7 @@ class Pipe:
 
     def write(self, part: bytes) -> None:
         """While `ready`; the last part goes by `send`."""
-        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+        self._outbox.put(self._cycle.transport, b"%x\r\n%b\r\n" % (len(part), part))
 
 
 class FastProtocol(HttpToolsProtocol):
@@ -159,6 +185,11 @@ class FastProtocol(HttpToolsProtocol):
     _begun = False
     _deaf = False
     _in_head = True
+    _outbox: Outbox
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._outbox = OUTBOXES.setdefault(self.loop, Outbox())
+        super().connection_made(transport)
 
     def on_message_begin(self) -> None:
         self._in_head = True
@@ -169,7 +200,7 @@ class FastProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.cycle is not None:
             scope: dict[str, Any] = self.cycle.scope  # type: ignore[assignment]
-            scope[PIPE] = Pipe(self.cycle)
+            scope[PIPE] = Pipe(self.cycle, self._outbox)
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:

@@ -19,7 +19,9 @@ from typing import Any, Protocol
 import zmq
 
 from mesh import wire
-from mesh.errors import EXIT_PORT, EXIT_USAGE, BadFrame, StartupError
+from mesh.curve import Authenticator, check_address, is_ipc, serve
+from mesh.errors import EXIT_PORT, BadFrame, StartupError
+from mesh.keys import Keys
 from mesh.messages import ProxyBeat, Register, Welcome, WorkerInfo
 from proxy.routing.place import Place
 
@@ -34,7 +36,6 @@ QUEUED_PER_WORKER = 100_000
 """Messages for a worker that reads slowly; one that is this far behind is not reading at all."""
 PEER_LIMIT = 8192
 """Connections remembered; workers that reconnect under new names push out the oldest."""
-LOOPBACK = re.compile(r"tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):(\d+|\*)")
 
 Socket = zmq.Socket[bytes]
 
@@ -62,14 +63,18 @@ class ControlSocket:
         incarnation: int,
         host: str,
         handler: ControlHandler,
+        keys: Keys | None = None,
         context: zmq.Context[Socket] | None = None,
     ) -> None:
-        """`context`: opens the socket, and ends with it; a simulation's sockets are in memory."""
+        """With `keys`, workers that dial by `tcp` must have the fleet's worker key. `context`: opens the socket, and
+        ends with it; a simulation's sockets are in memory."""
         self._proxy_id = proxy_id
         self._incarnation = incarnation
         self._host = host
         self._handler = handler
+        self._keys = keys
         self._context: zmq.Context[Socket] = context or zmq.Context(1)
+        self._authenticator = Authenticator(self._context, frozenset({keys.worker})) if keys is not None else None
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -92,12 +97,9 @@ class ControlSocket:
     def bind(self, address: str) -> None:
         """Raises `StartupError`. A `tcp` port of 0 or `*` is chosen; `self.address` is what workers dial."""
         try:
-            if not (address.startswith("ipc://") and len(address) > 6) and not LOOPBACK.fullmatch(address):
-                raise StartupError(
-                    f"--control {address}: only ipc://PATH and a loopback tcp://127.0.0.1:PORT are accepted, because "
-                    "the control connection is not encrypted",
-                    EXIT_USAGE,
-                )
+            check_address("--control", address, self._keys)
+            if self._keys is not None and not is_ipc(address):
+                serve(self._socket, self._keys)
             self._socket.bind(re.sub(r":0$", ":*", address))
         except zmq.ZMQError as error:
             self.close()
@@ -112,6 +114,11 @@ class ControlSocket:
         self._loop.add_reader(self._descriptor, self._drain)
         self._beat()
 
+    @property
+    def refused_keys(self) -> int:
+        """Connections that were refused for their key."""
+        return self._authenticator.refused if self._authenticator is not None else 0
+
     def close(self) -> None:
         if self._loop is not None:
             self._loop.remove_reader(self._descriptor)
@@ -120,6 +127,8 @@ class ControlSocket:
         for place in list(self._pids):
             self._unwatch(place)
         self._socket.close()
+        if self._authenticator is not None:
+            self._authenticator.close()
         self._context.term()
 
     def send(self, worker: Place, message: Any) -> bool:

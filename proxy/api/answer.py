@@ -205,32 +205,36 @@ class Answer(Response):
         expected = chunk.finish is None and chunk.index == self._job.choices[0].num_tokens
         if not (expected and output.started and pipe.ready):
             return False
-        frames = self._take((0, [chunk]))
+        now = perf_counter()
+        frames = self._frames(0, chunk, now)
         if frames:
             pipe.write(frames)
-            output.last_write = perf_counter()
+            output.last_write = now
         return True
 
     def _take(self, batch: Batch) -> bytes:
         """The frames of chunks that arrived together."""
-        job, usage, now, frames = self._job, self._job.usage, perf_counter(), []
+        now = perf_counter()
         prompt, chunks = batch
-        for chunk in chunks:
-            number = prompt * job.n + chunk.choice
-            choice = job.choices[number]
-            if choice.finish is not None:
-                continue  # sent before the workers heard of the stop
-            piece = self._piece(choice, chunk)
-            self._time(number, now)
-            usage.completion_tokens += piece.num_tokens
-            if usage.reasoning_tokens is not None:
-                usage.reasoning_tokens += piece.num_reasoning_tokens
-            frames.append(job.sink.take(number, chunk, piece))
-            if piece.finish is not None:
-                self._open -= 1
-                if chunk.finish is None:
-                    job.generations[prompt].stop(chunk.choice)
-        return b"".join(frames)
+        return b"".join([self._frames(prompt, chunk, now) for chunk in chunks])
+
+    def _frames(self, prompt: int, chunk: Chunk, now: float) -> bytes:
+        job, usage = self._job, self._job.usage
+        number = prompt * job.n + chunk.choice
+        choice = job.choices[number]
+        if choice.finish is not None:
+            return b""  # sent before the workers heard of the stop
+        piece = self._piece(choice, chunk)
+        self._time(number, now)
+        usage.completion_tokens += piece.num_tokens
+        if usage.reasoning_tokens is not None:
+            usage.reasoning_tokens += piece.num_reasoning_tokens
+        frames = job.sink.take(number, chunk, piece)
+        if piece.finish is not None:
+            self._open -= 1
+            if chunk.finish is None:
+                job.generations[prompt].stop(chunk.choice)
+        return frames
 
     def _piece(self, choice: ChoiceText, chunk: Chunk) -> Piece:
         if self._job.discard_output:

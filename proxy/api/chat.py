@@ -113,6 +113,8 @@ class ChatStream(Sink):
         return frames
 
     def _after_text(self, chunk: Chunk, piece: Piece) -> str:
+        if not (self._shape.logprobs or self._shape.token_ids):
+            return PLAIN_END
         logprobs, token_ids = "null", ""
         if self._shape.logprobs:
             entries = [chat_entry(self._shape.spelling, t) for t in chunk.logprobs[: piece.num_tokens]]

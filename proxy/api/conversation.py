@@ -46,8 +46,13 @@ class Asked:
     """None: no part of the output is thinking."""
 
     def usage(self) -> Usage:
-        counted = self.reasoning is not None and self.reasoning.delivery is not None
+        counted = thinks_apart(self.tools) or (self.reasoning is not None and self.reasoning.delivery is not None)
         return Usage(prompt_tokens=len(self.tokens), reasoning_tokens=0 if counted else None)
+
+
+def thinks_apart(tools: Tools | None) -> bool:
+    """The format of calls is one that has its own place for what the model thinks."""
+    return tools is not None and tools.format.always
 
 
 async def prepare(service: Service, body: ChatBody) -> Asked:
@@ -62,7 +67,7 @@ async def prepare(service: Service, body: ChatBody) -> Asked:
     tokens = truncated(body, tokens, limit, max_model_len)
     check_prompt_logprobs(body, len(tokens))
     budget = token_budget(limit, len(tokens), max_model_len, "messages")
-    apart = tools is not None and tools.format.always
+    apart = thinks_apart(tools)
     if apart:
         check_own_channel(body)
     format = None if apart else service.reasoning

@@ -82,6 +82,7 @@ class ChoiceText:
             self._decoded += len(new)
             return Piece(new, 1, None, (offset,))
         text = reasoning = ""
+        parsed = Parsed("")
         num_reasoning = 0
         offsets = []
         for i, token in enumerate(tokens):
@@ -94,7 +95,12 @@ class ChoiceText:
                 thought, new = self._reasoning.push(new)
                 reasoning += thought
                 num_reasoning += thinks or self._reasoning.thinking
-            text += new
+            if self._tools is None:
+                text += new
+            else:
+                thinks = self._tools.thinking
+                parsed += self._tools.push(new)
+                num_reasoning += thinks or self._tools.thinking
             if self._matched:
                 break
         if finish is not None or self._matched:
@@ -102,7 +108,7 @@ class ChoiceText:
             reasoning += thought
             text += last
         self.finish = "stop" if self._matched else finish
-        parsed = Parsed(text) if self._tools is None else self._parsed(self._tools, text)
+        parsed = Parsed(text) if self._tools is None else parsed + self._parsed(self._tools, text)
         reasoning += parsed.reasoning
         stop = None if self._stops is None else self._stops.matched
         return Piece(

@@ -38,21 +38,32 @@ def detokenizer(
 class ByteDetokenizer:
     """For byte-level vocabularies, where a text is the concatenation of its tokens' bytes."""
 
-    __slots__ = ("_bytes", "_decoder", "_special")
+    __slots__ = ("_bytes", "_decoder", "_special", "_within")
 
     def __init__(
         self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, keep: frozenset[int] = frozenset()
     ) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._within = False
+        """The decoder holds the beginning of a character."""
         self._bytes = tokenizer.token_bytes
         self._special: frozenset[int] = (tokenizer.special_token_ids if skip_special_tokens else frozenset()) - keep
 
     def push(self, token: int) -> str:
         if token in self._special:
             return ""
-        return self._decoder.decode(self._bytes(token))
+        new = self._bytes(token)
+        if not self._within:
+            try:
+                return new.decode()  # nearly always, and five times as fast
+            except UnicodeDecodeError:
+                pass
+        text = self._decoder.decode(new)
+        self._within = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
+        self._within = False
         return self._decoder.decode(b"", True)
 
 

@@ -27,7 +27,17 @@ TO, FUNCTIONS = " to=", "functions."
 class HarmonyParser:
     """See `proxy.text.toolcalls.CallParser`."""
 
-    __slots__ = ("_found", "_functions", "_list", "_shows_thoughts", "_source", "_steps", "_texts", "_thoughts")
+    __slots__ = (
+        "_found",
+        "_functions",
+        "_list",
+        "_shows_thoughts",
+        "_source",
+        "_steps",
+        "_texts",
+        "_thoughts",
+        "thinking",
+    )
 
     def __init__(self, functions: Functions, *, parallel: bool = True, thoughts: bool = True) -> None:
         """Not `thoughts`: what the model thinks is left out."""
@@ -38,6 +48,7 @@ class HarmonyParser:
         self._texts: list[str] = []
         self._thoughts: list[str] = []
         self._found: list[ToolCall] = []
+        self.thinking = False
 
     @property
     def called(self) -> bool:
@@ -91,7 +102,9 @@ class HarmonyParser:
         if recipient is not None:
             yield from self._call(source, recipient[1])
         else:
-            yield from self._body(source, self._thoughts if channel[:1] == ["analysis"] else self._texts)
+            self.thinking = channel[:1] == ["analysis"]
+            yield from self._body(source, self._thoughts if self.thinking else self._texts)
+            self.thinking = False
 
     def _plain(self, source: Source) -> Steps[None]:
         """Text outside of messages, up to the next one."""

@@ -82,6 +82,10 @@ class CallParser(Protocol):
     def may_be_done(self) -> bool:
         """`done` can come true: the first call ends the answer."""
 
+    @property
+    def thinking(self) -> bool:
+        """What the model writes now is thought, in a format that tells it from the answer."""
+
     def push(self, text: str) -> Parsed:
         """What is certain after so much more text."""
 
@@ -204,6 +208,9 @@ class MarkedParser:
         "_steps",
         "_texts",
     )
+
+    thinking = False
+    """No format but harmony tells it from the answer."""
 
     def __init__(self, marks: Marks, functions: Functions, *, parallel: bool = True) -> None:
         """Not `parallel`: the first call ends the answer."""

@@ -254,6 +254,14 @@ def test_harmony_is_read_with_and_without_tools(fields: dict[str, Any]) -> None:
     assert one.sent.params.grammar is None
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_harmony_thinking_is_counted_with_the_marks_around_it(shown: bool) -> None:
+    one = api("harmony", f"{THOUGHT}<|channel|>final<|message|>Hello")
+    usage = one.chat(include_reasoning=shown)["usage"]
+    thought = one.tokenizer.encode("<|message|>Hm.<|end|>", add_special_tokens=False)
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": len(thought)}
+
+
 def test_harmony_streams_what_the_model_thinks() -> None:
     stream = api("harmony", THOUGHT + SINGLE["harmony"].write(OSLO)).chat_stream(tools=[WEATHER])
     deltas = [c["delta"] for event in stream for c in event["choices"]]

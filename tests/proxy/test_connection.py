@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from proxy import connection
+from proxy.connection import Outbox
 from tests.e2e.processes import wait_until
 from tests.proxy.api_client import MODEL, Api, error_of, events, reply
 from tests.proxy.http_server import Server
@@ -141,3 +142,42 @@ def test_a_client_that_reads_nothing_is_given_up(offer: bytes, monkeypatch: pyte
         wait_until(lambda: bool(api.dispatcher.generations and api.dispatcher.generations[0].aborted), "the abort", 10)
         assert not answers(client).endswith(b"[DONE]\n\n")
     assert api.dispatcher.generations[0].aborted == ["client_disconnected"]
+
+
+class Written(asyncio.Transport):
+    def __init__(self, log: list[bytes], *, closing: bool = False) -> None:
+        super().__init__()
+        self._log = log
+        self._closing = closing
+
+    def is_closing(self) -> bool:
+        return self._closing
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._log.append(bytes(data))
+
+
+def test_a_turns_parts_are_written_in_order_before_a_task_that_they_are_followed_by() -> None:
+    async def turn() -> list[bytes]:
+        written: list[bytes] = []
+        outbox, first, second = Outbox(), Written(written), Written(written)
+        woken = asyncio.get_running_loop().create_future()
+
+        async def last() -> None:
+            await woken
+            first.write(b"end")
+
+        task = asyncio.create_task(last())
+        await asyncio.sleep(0)
+        outbox.put(first, b"1")
+        outbox.put(second, b"2")
+        outbox.put(Written(written, closing=True), b"to nobody")
+        outbox.put(first, b"3")
+        assert not written, "one write after the other, when all are there"
+        woken.set_result(None)
+        await task
+        outbox.put(second, b"4")
+        await asyncio.sleep(0)
+        return written
+
+    assert asyncio.run(turn()) == [b"1", b"2", b"3", b"end", b"4"]

@@ -124,15 +124,14 @@ class Simulation:
     def _check_work(self) -> None:
         """What was computed is what the attempts needed, once on each of the two workers of an attempt."""
         bound = preempted = 0
+        smooth = self.plan.gentle and not any(w.watch.fell_short for w in self.workers.values())
         for client in self.clients.values():
             prompt, answer, n = len(client.request.tokens), len(client.expected), client.request.n
             once = prompt + n * (answer + 2 * BLOCK_TOKENS)
-            bound += once if self.plan.gentle else 2 * client.attempts * (prompt * n + once)
-            if (
-                self.plan.gentle
-                and client.outcome != "cancelled"
-                and (client.outcome != "done" or client.attempts != 1)
-            ):
+            bound += once if smooth else 2 * client.attempts * (prompt * n + once)
+            if self.plan.gentle and client.outcome not in ("done", "cancelled"):
+                raise Violation(f"{client.name} ends by {client.outcome}")
+            if smooth and client.outcome == "done" and client.attempts != 1:
                 raise Violation(f"{client.name} needs {client.attempts} attempts: {client.outcome}")
         preempted = sum(w.engine.num_preemptions for w in self.workers.values())
         computed = self._computed + sum(w.runner.computed for w in self.workers.values())

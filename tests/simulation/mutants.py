@@ -394,6 +394,11 @@ def blocks_missing_ignored(original: Any, role: Any, event: Any) -> None:
     original(role, event)
 
 
+@mutant((PrefillRole, "_fetched"))
+def history_that_has_come_is_waited_for(original: Any, role: Any, event: Any) -> None:
+    role._by_transfer.pop(event.transfer_id, None)
+
+
 @mutant((PrefillRole, "_released"))
 def blocks_kept_after_release(original: Any, role: Any, event: Any) -> None:
     job = role._streams.pop(event.stream, None)

@@ -84,7 +84,7 @@ class ProxyHost(Host):
             self.fleet, self.clock, max_requests=100, disaggregate_above=disaggregate_above
         )
         context = cast("zmq.Context[zmq.Socket[bytes]]", VirtualContext(network, self))
-        self.control = ControlSocket(f"{name}.{life}", life, "elsewhere", self.fleet, context)
+        self.control = ControlSocket(f"{name}.{life}", life, "elsewhere", self.fleet, context=context)
         self.control.bind(address)
         self.control._loop = cast(asyncio.AbstractEventLoop, loop)
         self.fleet.connect(self.control, self.dispatcher)

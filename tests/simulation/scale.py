@@ -6,18 +6,25 @@ import logging
 import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import decode.role
 import kvtransfer.fetcher
 import kvtransfer.holder
 import kvtransfer.holding_state
+import proxy.routing.placement
 import proxy.routing.router
 import worker.steploop
 from mesh.wire import Envelope
+from proxy.routing.router import Policy
 from tests.simulation.oracle import Violation
 from tests.simulation.worker_host import BEAT_S
 
+FETCH_ABOVE = 8
+"""Tokens that another worker has more, from which on they are fetched from it; production's 256 would never be."""
+HANDOFF_S = -1e-9
+"""Computing takes no time here by a worker's own clock; a fetch takes less, or it would never be chosen."""
 LOGGERS = ("proxy", "worker", "decode", "prefill", "kvtransfer", "engine", "mesh")
 
 
@@ -67,6 +74,8 @@ def tiny(chance: random.Random, block_bytes: int, damaged: Collection[bytes]) ->
         (kvtransfer.holder, "parcel_bytes", lambda _: parcel),
         (kvtransfer.holding_state, "READY_BYTES", 16 * block_bytes),
         (proxy.routing.router, "RECOMPUTE_TOKENS", recompute),
+        (proxy.routing.router, "HANDOFF_S", HANDOFF_S),
+        (proxy.routing.placement, "Policy", partial(Policy, fetch_above=FETCH_ABOVE)),
         (worker.steploop, "BEAT_EVERY_S", BEAT_S),
         (decode.role, "new_transfer_id", lambda: chance.randbytes(16)),
     ):

@@ -55,6 +55,8 @@ class Watch:
         """How many blocks each round of a transfer from here asked for."""
         self._streams: set[str] = set()
         """All that were ever opened here: a fetch must not find another attempt's."""
+        self.fell_short = False
+        """A worker that was only asked for what it happens to hold had dropped some of it: a retry may follow."""
         self._absent: set[bytes] = set()
         """Blocks that the engine was asked for in vain, in this turn."""
         self._aborted: list[str] = []
@@ -161,8 +163,8 @@ class Watch:
 
     def _hopeless(self, event: FetchEnded) -> DecodeJob | None:
         """The job that has not begun, and from now on lacks more than may be computed here."""
-        job: DecodeJob | None = cast(Any, self._host.process._role)._by_transfer.get(event.transfer_id)
-        if job is None or job.started or not event.missing:
+        job = cast(Any, self._host.process._role)._by_transfer.get(event.transfer_id)
+        if not isinstance(job, DecodeJob) or job.started or not event.missing:
             return None
         return job if job.num_tokens - min(event.missing) * BLOCK_TOKENS > job.recompute_limit else None
 
@@ -188,6 +190,8 @@ class Watch:
         if event.outcome == "ok" and any(asked[index] < 2 for index in event.missing):
             raise Violation(f"{self._host.name} gives blocks up that it has asked for once")
         missing = event.missing and event.transfer_id not in self._optional
+        if event.missing and event.transfer_id in self._optional:
+            self.fell_short = True
         if self._calm and event.transfer_id not in self._noted | self._optional:
             raise Violation(f"{self._host.name} is not told the first token though nothing went wrong")
         if event.outcome == "timeout" and self._host.timeline.now > self._repaired_at:
@@ -253,5 +257,5 @@ class Watch:
         for job in self._jobs().values():
             if now > job.deadline + LATE_S:
                 raise Violation(f"{host.name} goes on with {job.key} after its deadline")
-        if isinstance(role, DecodeRole) and host.kv.stats().fetching != len(role._by_transfer):
+        if host.kv.stats().fetching != len(role._by_transfer):
             raise Violation(f"{host.name} fetches for nobody")

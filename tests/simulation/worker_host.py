@@ -162,7 +162,7 @@ class WorkerHost(Host):
         self._checked = (0, 0)
         self.loop._commands = cast(Any, self._commands)
         self.loop._emit = self._emit
-        self._watch = Watch(self, oracle, plan)
+        self.watch = Watch(self, oracle, plan)
         self.wake()
         self._wake_loop()
 
@@ -172,7 +172,7 @@ class WorkerHost(Host):
 
     def turn(self) -> None:
         self.process._turn()
-        self._watch.turned()
+        self.watch.turned()
         if self.process._exit_code is not None:
             self.leave()
             return
@@ -206,7 +206,7 @@ class WorkerHost(Host):
         elif isinstance(event, Exported):
             self._check_export(event)
         elif isinstance(event, Expected):
-            self._watch.expects(event)
+            self.watch.expects(event)
         self.process._emit(event)
 
     def _check_export(self, block: Exported) -> None:
@@ -228,7 +228,7 @@ class WorkerHost(Host):
             return
         steps = self.engine.num_steps
         self.loop._turn()
-        self._watch.looped()
+        self.watch.looped()
         stepped = self.engine.num_steps != steps
         if self._checked != (now := (self.engine.num_steps, self._commands.count)):
             self._checked = now
