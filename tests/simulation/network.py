@@ -6,7 +6,6 @@ protocol claims more (frames lost, repeated, overtaken, damaged), so on its conn
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass, field
 
 import zmq
@@ -18,47 +17,13 @@ from mesh.messages import Peer, Register, TokenBatch
 from tests.simulation.faults import Fate, Faults
 from tests.simulation.host import Host
 from tests.simulation.oracle import Violation
-from tests.simulation.sockets import VirtualSocket
+from tests.simulation.sockets import Connection, Lane, VirtualSocket
 from tests.simulation.timeline import Timeline
 
 LATENCY_S = 0.001
 RETRY_S = 0.05
 SILENT_END_S = 5.0
 """A peer that ends without a word is found by ZeroMQ's heartbeat, on connections that have one."""
-
-
-@dataclass(slots=True, eq=False)
-class Lane:
-    """One direction of a connection."""
-
-    key: str
-    source: Host
-    target: VirtualSocket
-    salt: int = 0
-    count: int = 0
-    free_at: float = 0.0
-    """Nothing sent later arrives earlier."""
-
-    def __post_init__(self) -> None:
-        self.salt = zlib.crc32(self.key.encode())
-
-
-@dataclass(slots=True, eq=False)
-class Connection:
-    """A DEALER's connection to a ROUTER, from its handshake to its end."""
-
-    kind: str
-    """`kv` or `control`."""
-    identity: bytes
-    dealer: VirtualSocket
-    router: VirtualSocket
-    forth: Lane
-    back: Lane
-    open: bool = True
-    ends_at: float | None = None
-
-    def joins(self, one: str, other: str) -> bool:
-        return {self.dealer.host.name, self.router.host.name} == {one, other}
 
 
 @dataclass(slots=True, eq=False)

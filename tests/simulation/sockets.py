@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import struct
+import zlib
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import zmq
 
-if TYPE_CHECKING:
-    from tests.simulation.network import Connection, Network
 from tests.simulation.host import Host
 
 EVENT = struct.Struct("=hi")
@@ -59,10 +59,58 @@ class VirtualMonitor:
         self.inbox.clear()
 
 
+class Carrier(Protocol):
+    """What sockets ask of the network."""
+
+    def open(self, host: Host, kind: int) -> VirtualSocket: ...
+
+    def bind(self, socket: VirtualSocket) -> None: ...
+
+    def dial(self, dealer: VirtualSocket) -> None: ...
+
+    def unplug(self, socket: VirtualSocket) -> None: ...
+
+    def carry(self, connection: Connection, lane: Lane, parts: list[bytes]) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One direction of a connection."""
+
+    key: str
+    source: Host
+    target: VirtualSocket
+    salt: int = 0
+    count: int = 0
+    free_at: float = 0.0
+    """Nothing sent later arrives earlier."""
+
+    def __post_init__(self) -> None:
+        self.salt = zlib.crc32(self.key.encode())
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """A DEALER's connection to a ROUTER, from its handshake to its end."""
+
+    kind: str
+    """`kv` or `control`."""
+    identity: bytes
+    dealer: VirtualSocket
+    router: VirtualSocket
+    forth: Lane
+    back: Lane
+    open: bool = True
+    ends_at: float | None = None
+
+    def joins(self, one: str, other: str) -> bool:
+        return {self.dealer.host.name, self.router.host.name} == {one, other}
+
+
 class VirtualSocket:
     """A DEALER or a ROUTER of one process. Options that shape nothing here are taken and forgotten."""
 
-    def __init__(self, network: Network, host: Host, kind: int, number: int) -> None:
+    def __init__(self, network: Carrier, host: Host, kind: int, number: int) -> None:
         self.network = network
         self.host = host
         self.kind = kind
@@ -172,7 +220,7 @@ class VirtualSocket:
 class VirtualContext:
     """Opens the sockets of one process."""
 
-    def __init__(self, network: Network, host: Host) -> None:
+    def __init__(self, network: Carrier, host: Host) -> None:
         self._network = network
         self._host = host
 

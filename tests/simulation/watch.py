@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from decode.role import DecodeJob, DecodeRole
 from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted, StreamReleased
@@ -25,9 +25,6 @@ from worker.links import ProxyLink
 from worker.role import Job, engine_key
 from worker.steploop import Expected
 
-if TYPE_CHECKING:
-    from tests.simulation.worker_host import WorkerHost
-
 REPAIR_S = 2 * RENEW_S + 1.0
 """What was lost is asked for again within this, however its first renewal fared."""
 LATE_S = 1.5
@@ -37,7 +34,8 @@ LATE_S = 1.5
 class Watch:
     """Stands between the process, its KV endpoint and its role."""
 
-    def __init__(self, host: WorkerHost, oracle: Oracle, plan: Plan) -> None:
+    def __init__(self, host: Any, oracle: Oracle, plan: Plan) -> None:
+        """`host`: the `WorkerHost` that makes this."""
         self._host = host
         self._oracle = oracle
         self._gentle = plan.gentle
