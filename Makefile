@@ -2,7 +2,7 @@
 # make test  the same set-up, then all tests
 # make lint  ruff and mypy
 # make test-clients   other people's clients (langchain, guidellm, aiperf, lm-eval), each in an environment of its own
-# make simulate   a simulated fleet with a million injected faults   (SIMULATE='--fresh --seconds 60' changes that)
+# make simulate   a simulated fleet with a million injected faults   (SIMULATE='--fresh --seconds 60': new seeds)
 # make fuzz  a million damaged frames for the decoders, 20,000 requests drawn from the API's own description, and as many
 #            to a real service
 

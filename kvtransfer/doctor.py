@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from kvtransfer.linktest import ROUTES, Pages, copy_once, link_times
 from kvtransfer.transports.shm import SHM_DIR
@@ -140,8 +141,6 @@ def _python() -> Iterator[Finding]:
 
 
 def _compute() -> Iterator[Finding]:
-    import torch
-
     cores = len(os.sched_getaffinity(0))
     if not torch.cuda.is_available():
         yield Finding("note", f"no CUDA device: workers compute on {cores} CPU cores")
