@@ -13,7 +13,6 @@ import pytest
 
 from mesh.messages import PrefillReport, TokenDelta, TokenLogprob
 from proxy import choice_events, journal, lifecycle
-from proxy import lifecycle
 from proxy.choice_events import (
     Absence,
     Assign,
