@@ -127,6 +127,8 @@ class TokenDelta:
 @dataclass(frozen=True, slots=True)
 class Register:
     worker: WorkerInfo
+    forgotten: int = 0
+    """How often the worker has let go of what this proxy had given it, because the proxy was silent."""
 
 
 @message(2)

@@ -44,8 +44,8 @@ class ControlHandler(Protocol):
     """Who acts on what workers say. Called from the event loop."""
 
     def registered(self, info: WorkerInfo, *, moved: bool) -> bool:
-        """A worker introduces itself. `moved`: this incarnation was known on another connection. False: it is not
-        taken."""
+        """A worker introduces itself. `moved`: this incarnation was known on another connection, or has forgotten
+        since what it was given. False: it is not taken."""
 
     def heard(self, worker: Place, message: Any) -> None:
         """Any other message of a registered worker."""
@@ -84,6 +84,8 @@ class ControlSocket:
         self._socket.setsockopt(zmq.RCVHWM, QUEUED_PER_WORKER)
         self._places: dict[bytes, Place] = {}
         self._names: dict[Place, bytes] = {}
+        self._forgotten: dict[Place, int] = {}
+        """What each worker's last `Register` said."""
         self._pids: dict[Place, int] = {}
         """Open process descriptors of this machine's workers."""
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
@@ -139,6 +141,7 @@ class ControlSocket:
     def forget(self, worker: Place) -> None:
         """The incarnation is over; its connection means nothing any more."""
         self._unwatch(worker)
+        self._forgotten.pop(worker, None)
         name = self._names.pop(worker, None)
         if name is not None:
             self._places.pop(name, None)
@@ -189,7 +192,7 @@ class ControlSocket:
     def _dispatch(self, name: bytes, envelope: wire.Envelope) -> None:
         message = envelope.message
         if isinstance(message, Register):
-            self._register(name, envelope.sender, message.worker)
+            self._register(name, envelope.sender, message)
             return
         place = self._places.get(name)
         if place is None:
@@ -198,12 +201,14 @@ class ControlSocket:
             raise BadFrame(f"incarnation {envelope.sender} on the connection of {place}")
         self._handler.heard(place, message)
 
-    def _register(self, name: bytes, sender: int, info: WorkerInfo) -> None:
+    def _register(self, name: bytes, sender: int, message: Register) -> None:
+        info = message.worker
         place = Place(info.worker_id, info.incarnation)
         if sender != info.incarnation:
             raise BadFrame(f"{info.worker_id} introduces incarnation {info.incarnation} as {sender}")
         before = self._names.get(place)
-        if not self._handler.registered(info, moved=before is not None and before != name):
+        known = (before, self._forgotten.get(place))
+        if not self._handler.registered(info, moved=before is not None and known != (name, message.forgotten)):
             return
         if before is not None:
             self._places.pop(before, None)
@@ -212,13 +217,16 @@ class ControlSocket:
             self._names.pop(owner, None)
         self._places[name] = place
         self._names[place] = name
+        self._forgotten[place] = message.forgotten
         self._bound()
         self._watch(place, info)
         self._send(name, info.incarnation, Welcome(self._proxy_id, LEASE_S))
 
     def _bound(self) -> None:
         while len(self._places) > PEER_LIMIT:
-            self._names.pop(self._places.pop(next(iter(self._places))), None)
+            place = self._places.pop(next(iter(self._places)))
+            self._names.pop(place, None)
+            self._forgotten.pop(place, None)
 
     def _watch(self, place: Place, info: WorkerInfo) -> None:
         """Has the kernel tell us when the worker's process ends."""

@@ -51,6 +51,7 @@ class ProxyLink:
         self.address = address
         self.proxy_id = ""
         self._info = info
+        self._forgotten = 0
         self._lease_s = 0.0
         self._heard = 0.0
         self._next_register = 0.0
@@ -135,12 +136,13 @@ class ProxyLink:
             return False
         log.warning("proxy %s is silent; freeing what it asked for", self.address)
         self.proxy_id = ""
+        self._forgotten += 1
         self._outbox.clear()
         return True
 
     def _register(self, now: float) -> None:
         self._next_register = now + REGISTER_EVERY_S
         try:
-            self.socket.send(wire.encode(Register(self._info), self._info.incarnation), zmq.NOBLOCK)
+            self.socket.send(wire.encode(Register(self._info, self._forgotten), self._info.incarnation), zmq.NOBLOCK)
         except zmq.Again:
             return
