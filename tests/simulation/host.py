@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ TURN_S = 0.001
 """From what wakes an I/O loop to its turn, which takes all that has come meanwhile."""
 
 
-class Host:
+class Host(ABC):
     """What every simulated process is. One object is one life: a restart is another object."""
 
     def __init__(self, name: str, timeline: Timeline, *, clock_at: float = 0.0, clock_rate: float = 1.0) -> None:
@@ -72,6 +73,6 @@ class Host:
         """Has `turn` run when this process's clock shows `when`, within `latest` seconds in any case."""
         self.wake(max(0.0, min(latest, (when - self.clock()) / self._clock_rate)))
 
+    @abstractmethod
     def turn(self) -> None:
         """One round of the process's I/O loop."""
-        raise NotImplementedError
