@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kvtransfer.doctor_fleet import Finding, exchanges
 from kvtransfer.linktest import ROUTES, Pages, copy_once, link_times
 from kvtransfer.transports.shm import SHM_DIR
 from mesh import environment, options
@@ -40,15 +41,6 @@ WHAT = {
     "zmq-tcp": "ZeroMQ over tcp",
     "zmq-aes": "ZeroMQ over tcp, sealed (--keys)",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at."""
-
-    state: str
-    """`ok`, `note` (it works, and could be better), `fail`."""
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +70,13 @@ def main(argv: Sequence[str]) -> int:
         links.append(link)
     pairs = which(links, sealed=bool(settings.keys))
     say(f"\nwhat two workers use\n{_lines(pairs)}")
+    fleet = exchanges(settings.url) if settings.url else []
+    if fleet:
+        say(f"\nwhat the workers of {redact(settings.url)} convert\n{_lines(fleet)}")
     if settings.json:
-        parts: dict[str, Sequence[Finding | Link]] = {"host": findings, "links": links, "pairs": pairs}
+        parts: dict[str, Sequence[Finding | Link]] = {"host": findings, "links": links, "pairs": pairs, "fleet": fleet}
         print(json.dumps({name: [asdict(part) for part in found] for name, found in parts.items()}, indent=2))
-    broken = any(f.state == "fail" for f in (*findings, *pairs))
+    broken = any(f.state == "fail" for f in (*findings, *pairs, *fleet))
     return EXIT_ENVIRONMENT if broken else 0
 
 

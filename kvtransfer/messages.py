@@ -151,7 +151,7 @@ class Refusal:
     code: str
     """`stale_incarnation`, `layout`, `busy`, `malformed`."""
     detail: str
-    """For `layout`: the first field that differs."""
+    """For `layout`: the first field that differs, with both values."""
 
 
 @message(41)

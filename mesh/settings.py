@@ -145,5 +145,6 @@ class DoctorSettings:
 
     store: str = _flag("a store to ask: redis://HOST:PORT/DB", "")
     keys: str = _flag("directory of the fleet's keys, to look at them too", "")
+    url: str = _flag("a proxy, to say what its workers convert as they exchange KV blocks: http://HOST:PORT", "")
     mib: int = _flag("how much each link moves per round", 64, minimum=1, maximum=4096)
     json: bool = _flag("print one JSON object", False)

@@ -192,11 +192,8 @@ class WorkerPool:
         digest, layout = self._model
         if info.model_digest != digest:
             return f"{info.worker_id} serves another model ({info.model}) than the workers before it"
-        name = layout.refused_field(info.layout)
-        if name is None:
-            return ""
-        ours, theirs = getattr(layout, name), getattr(info.layout, name)
-        return f"{info.worker_id} cannot exchange KV blocks with the others: {name} is {theirs}, not {ours}"
+        difference = info.layout.difference(layout)
+        return f"{info.worker_id} cannot exchange KV blocks with the others: {difference}" if difference else ""
 
     def _refresh_facts(self) -> None:
         lengths = [w.info.max_model_len for w in self._workers.values()]

@@ -182,7 +182,7 @@ def test_another_layout_is_refused_by_the_name_of_the_field(tmp_path: Path) -> N
     for side in pair.sides:
         side.endpoint.close()
     context.term()
-    assert (ended.outcome, ended.detail) == ("refused", "layout: dtype")
+    assert (ended.outcome, ended.detail) == ("refused", "layout: dtype is float32, not bfloat16")
 
 
 def test_a_holder_that_closes_in_the_middle_ends_the_fetch_at_once(tmp_path: Path) -> None:
