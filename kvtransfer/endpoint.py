@@ -97,7 +97,7 @@ class KvEndpoint:
             raise
         self._fetcher = Fetcher(context, *parts, keys)
         self.address = self._holder.address
-        self.peer = Peer(worker_id, incarnation, self.address, host)
+        self.peer = Peer(worker_id, incarnation, self.address, host, layout)
         """How other workers name this endpoint."""
 
     def fetch(
@@ -111,6 +111,8 @@ class KvEndpoint:
     ) -> None:
         """Asks `peer` for blocks; ends with `FetchEnded`, after `deadline_s` seconds at the latest.
 
+        Blocks are named, sized and delivered as `peer` has them, in its layout; it is refused when no block of it could
+        be converted to this endpoint's.
         With a `stream`, the transfer lasts until the peer closes it and hears its notes (so `wanted` may be empty).
         With an empty `stream`, it brings what the peer holds now. `transfer_id` is 16 random bytes, used once.
         """

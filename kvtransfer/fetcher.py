@@ -33,7 +33,7 @@ from kvtransfer.transports.base import Payload, Transport, TransportFault, parce
 from kvtransfer.transports.choice import offers
 from kvtransfer.transports.inline import NAME as INLINE
 from kvtransfer.transports.pool import BufferPool
-from mesh.errors import BadFrame
+from mesh.errors import BadFrame, KvmeshError
 from mesh.keys import Keys
 from mesh.layout import KvLayout
 from mesh.messages import Peer
@@ -52,6 +52,10 @@ WATCHED = LOST | RETRIED
 LinkKey = tuple[str, int]
 
 
+class LayoutRefused(KvmeshError):
+    """No block of this holder can be converted to one's own layout."""
+
+
 @dataclass(slots=True, eq=False)
 class Link:
     """The connection to one incarnation of one holder."""
@@ -65,6 +69,8 @@ class Link:
     """Of the two, or of the one that both are."""
     state: fs.Fetching
     idle_since: float
+    block_bytes: int
+    """Of the holder's blocks."""
     opener: Opener | None
     waiting: list[bytes] = field(default_factory=list)
     """What is to be said once the holder has greeted."""
@@ -137,8 +143,12 @@ class Fetcher:
             raise ValueError("a transfer id is used once")
         try:
             link = self._link_to(peer)
-        except (zmq.ZMQError, DialRefused) as error:  # an address that is none is a peer that cannot be reached
-            outcome = "refused" if isinstance(error, DialRefused) else "peer_lost"
+        except (
+            zmq.ZMQError,
+            DialRefused,
+            LayoutRefused,
+        ) as error:  # an address that is none is a peer that cannot be reached
+            outcome = "peer_lost" if isinstance(error, zmq.ZMQError) else "refused"
             self._counters.end(outcome)
             missing = tuple(w.index for w in wanted)
             self._emit(FetchEnded(transfer_id, missing, outcome, 0, 0.0, 0, str(error)))
@@ -161,20 +171,23 @@ class Fetcher:
         return link
 
     def _open(self, key: LinkKey, peer: Peer) -> Link:
-        """Raises `zmq.ZMQError` or `DialRefused`."""
+        """Raises `zmq.ZMQError`, `DialRefused` or `LayoutRefused`."""
+        refused = self._layout.taking(peer.layout).refused
+        if refused:
+            raise LayoutRefused(f"layout: {refused}")
         control, bulk = addresses(peer.kv_address, self._keys)
-        size = self._layout.block_bytes
+        size = peer.layout.block_bytes
         state = fs.Fetching(
             self._me,
             peer.incarnation,
-            self._layout,
+            peer.layout,
             offers(self._transports),
             (Offer(INLINE, self._transports[INLINE].scope),),
             window_blocks(size),
         )
         if not bulk or self._keys is None:
             dealer = open_dealer(self._context, control, size)
-            return Link(key, dealer, dealer, (monitor_of(dealer, WATCHED),), state, self._clock(), None)
+            return Link(key, dealer, dealer, (monitor_of(dealer, WATCHED),), state, self._clock(), size, None)
         name = new_link()
         dealer = open_dealer(self._context, control, size, keys=self._keys, link=name)
         greeting = hello(self._keys.transfer, name)
@@ -186,7 +199,7 @@ class Fetcher:
         inbound.send(greeting)
         monitors = (monitor_of(dealer, WATCHED | DENIED), monitor_of(inbound, WATCHED | DENIED))
         opener = Opener(self._keys.transfer, name, self._pool)
-        return Link(key, dealer, inbound, monitors, state, self._clock(), opener)
+        return Link(key, dealer, inbound, monitors, state, self._clock(), size, opener)
 
     def _apply(self, link: Link, event: fs.Event) -> None:
         link.state, effects = fetching.step(link.state, event, self._clock())
@@ -313,17 +326,17 @@ class Fetcher:
         arrivals = []
         at = 0
         for header in message.blocks:
-            part = payload[at : at + self._layout.block_bytes]
-            at += self._layout.block_bytes
-            arrivals.append(self._check(envelope, message, header, part))
+            part = payload[at : at + link.block_bytes]
+            at += link.block_bytes
+            arrivals.append(self._check(link, envelope, message, header, part))
         self._apply(
             link,
             fs.BlocksIn(envelope.sender, envelope.receiver, message.transfer_id, message.attempt, tuple(arrivals)),
         )
         return len(payload)
 
-    def _check(self, envelope: Envelope, message: Blocks, header: BlockHeader, part: Payload) -> fs.Arrival:
-        intact = len(part) == self._layout.block_bytes and is_intact(
+    def _check(self, link: Link, envelope: Envelope, message: Blocks, header: BlockHeader, part: Payload) -> fs.Arrival:
+        intact = len(part) == link.block_bytes and is_intact(
             header, message.transfer_id, message.attempt, envelope.sender, envelope.receiver, part
         )
         return fs.Arrival(header.index, header.name, header.valid_tokens, part, intact)
@@ -332,7 +345,7 @@ class Fetcher:
         """The bytes of the message's blocks, in our own memory; none when they cannot be had."""
         place = message.place
         transport = self._transports.get(place.transport)
-        size = len(message.blocks) * self._layout.block_bytes
+        size = len(message.blocks) * link.block_bytes
         if transport is None:
             self._counters.drop("transport")
             return b""

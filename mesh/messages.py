@@ -55,6 +55,8 @@ class Peer:
     incarnation: int
     kv_address: str
     host: str
+    layout: KvLayout
+    """Of the blocks that it gives; whoever fetches them converts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,11 @@ from engine.step import TokenOut
 from kvtransfer.endpoint import BlockArrived, FetchEnded, StreamReleased
 from kvtransfer.endpoint import Event as KvEvent
 from kvtransfer.protocol import Wanted
+from mesh.layout import KvLayout
 from mesh.messages import Abort, Decode, Peer, Prefill, PrefillReport
 from worker.firsttoken import FirstToken
 from worker.links import ProxyLink
-from worker.role import Job, Parts, engine_request, new_transfer_id
+from worker.role import Job, Parts, converted_from, engine_request, new_transfer_id
 from worker.steploop import Expected, Rejected, Stepped
 
 
@@ -33,6 +34,8 @@ class PrefillJob(Job):
 
     history: Peer | None
     history_tokens: int
+    theirs: KvLayout | None
+    """What the history's blocks are converted from."""
     transfer_id: bytes = b""
     """Of the history, while it is fetched."""
     transfer_s: float = 0.0
@@ -60,7 +63,13 @@ class PrefillRole:
             self._parts.refuse_role(Job(message.request_id, message.attempt, link, deadline), message)
             return
         job = PrefillJob(
-            message.request_id, message.attempt, link, deadline, message.history, max(0, message.history_tokens)
+            message.request_id,
+            message.attempt,
+            link,
+            deadline,
+            message.history,
+            max(0, message.history_tokens),
+            converted_from(self._parts.kv.layout, message.history),
         )
         known = self._jobs.get(message.request_id)
         if not self._parts.is_new(job, known, len(message.tokens)):
@@ -72,7 +81,7 @@ class PrefillRole:
         self._parts.kv.open_stream(job.key)
         request = engine_request(message, self._parts.clock(), stop_after=1)
         if job.history is not None:
-            self._parts.loop.expect(request)
+            self._parts.loop.expect(request, job.theirs)
         else:
             self._parts.loop.add(request)
 
@@ -121,7 +130,7 @@ class PrefillRole:
         job = self._streams.get(event.key)
         if job is None or job.history is None:
             return
-        blocks = job.history_tokens // self._parts.kv.layout.block_tokens
+        blocks = job.history_tokens // (job.theirs or self._parts.kv.layout).block_tokens
         wanted = [Wanted(m.index, m.hash, m.valid_tokens) for m in event.missing if m.index < blocks]
         if not wanted:
             self._parts.loop.ready(job.key, ())
@@ -150,7 +159,7 @@ class PrefillRole:
         job = self._by_transfer.get(event.transfer_id)
         if job is not None:
             job.transfer_bytes += len(event.payload)
-            self._parts.loop.fill(job.key, event.index, event.payload)
+            self._parts.loop.fill(job.key, event.index, event.payload, job.theirs)
 
     def _fetched(self, event: FetchEnded) -> None:
         """Whatever of the history did not come is computed."""

@@ -11,7 +11,8 @@ from engine.request import EngineRequest
 from engine.step import TokenOut
 from kvtransfer.endpoint import Event as KvEvent
 from kvtransfer.endpoint import KvEndpoint
-from mesh.messages import Abort, Decode, Prefill, PrefillReport, Refused, TokenBatch, TokenDelta
+from mesh.layout import KvLayout
+from mesh.messages import Abort, Decode, Peer, Prefill, PrefillReport, Refused, TokenBatch, TokenDelta
 from worker.links import ProxyLink
 from worker.metrics import WorkerMetrics
 from worker.steploop import Expected, Rejected, StepLoop, Stepped
@@ -33,6 +34,12 @@ def engine_request(message: Prefill | Decode, now: float, *, stop_after: int | N
         hold=stop_after is not None,
         arrived=now,
     )
+
+
+def converted_from(own: KvLayout, peer: Peer | None) -> KvLayout | None:
+    """The layout that blocks of `peer` are converted from as they come in; None: they need no conversion, or would be
+    of no use, in which case the fetch is refused."""
+    return peer.layout if peer is not None and own.taking(peer.layout).conversions else None
 
 
 def new_transfer_id() -> bytes:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from mesh.layout import KvLayout
 from mesh.messages import Beat, Load, Peer, WorkerInfo
 from proxy.choice_events import Absence
 from proxy.generation import ModelFacts
@@ -80,7 +79,7 @@ class Worker:
     @property
     def peer(self) -> Peer:
         info = self.info
-        return Peer(info.worker_id, info.incarnation, info.kv_address, info.host)
+        return Peer(info.worker_id, info.incarnation, info.kv_address, info.host, info.layout)
 
     @property
     def silence_limit(self) -> float:
@@ -125,8 +124,10 @@ class WorkerPool:
     def __init__(self) -> None:
         self._workers: dict[Place, Worker] = {}
         self._fences: dict[str, int] = {}
-        self._model: tuple[bytes, KvLayout] | None = None
+        self._digest: bytes | None = None
         self._facts: ModelFacts | None = None
+        self._block_sizes: tuple[int, ...] = ()
+        self._token_bytes = 0
         self._last_loss: float | None = None
 
     def get(self, place: Place) -> Worker | None:
@@ -143,9 +144,19 @@ class WorkerPool:
         return self._facts
 
     @property
-    def identity(self) -> tuple[bytes, KvLayout] | None:
-        """(model digest, KV layout) that all workers share."""
-        return self._model
+    def digest(self) -> bytes | None:
+        """Of the model that all workers serve."""
+        return self._digest
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """In tokens: of a fleet of equal workers one. A prompt's blocks have other names in each."""
+        return self._block_sizes
+
+    @property
+    def token_bytes(self) -> int:
+        """KV of one token at the worker that has most of it."""
+        return self._token_bytes
 
     @property
     def ready(self) -> bool:
@@ -171,7 +182,7 @@ class WorkerPool:
         self._fences.pop(info.worker_id, None)
         self._fences[info.worker_id] = info.incarnation
         self._bound_fences()
-        self._model = (info.model_digest, info.layout)
+        self._digest = info.model_digest
         self._refresh_facts()
         return Registration(True, lost=older, forgotten=older)
 
@@ -186,20 +197,24 @@ class WorkerPool:
 
     def _foreign(self, info: WorkerInfo) -> str:
         """Why the worker cannot join the others; empty when it can, or when there are no others left."""
-        others = [w for w in self._workers.values() if w.health is Health.ALIVE]
-        if self._model is None or all(w.info.worker_id == info.worker_id for w in others):
-            return ""
-        digest, layout = self._model
-        if info.model_digest != digest:
+        fault = info.layout.taking(info.layout).refused
+        if fault:
+            return f"{info.worker_id} has a KV layout that is none: {fault}"
+        others = [w for w in self._workers.values() if w.health is Health.ALIVE and w.info.worker_id != info.worker_id]
+        if others and info.model_digest != self._digest:
             return f"{info.worker_id} serves another model ({info.model}) than the workers before it"
-        difference = info.layout.difference(layout)
-        return f"{info.worker_id} cannot exchange KV blocks with the others: {difference}" if difference else ""
+        for other in others:
+            refused = info.layout.taking(other.info.layout).refused
+            if refused:
+                return f"{info.worker_id} cannot take KV blocks of {other.info.worker_id}: {refused}"
+        return ""
 
     def _refresh_facts(self) -> None:
-        lengths = [w.info.max_model_len for w in self._workers.values()]
-        if self._model is not None and lengths:
-            digest, layout = self._model
-            self._facts = ModelFacts(min(lengths), layout.block_tokens, digest)
+        infos = [w.info for w in self._workers.values()]
+        if self._digest is not None and infos:
+            self._facts = ModelFacts(min([i.max_model_len for i in infos]), self._digest)
+        self._block_sizes = tuple(sorted({i.layout.block_tokens for i in infos}))
+        self._token_bytes = max([i.layout.token_bytes for i in infos], default=0)
 
     def _bound_fences(self) -> None:
         if len(self._fences) > MAX_WORKERS:

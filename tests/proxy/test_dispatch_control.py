@@ -135,7 +135,10 @@ def test_an_old_life_cannot_come_back(tmp_path: Path, caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
-    [({"model_digest": b"other"}, "another model"), ({"layout": None}, "block_tokens is 8, not 4")],
+    [
+        ({"model_digest": b"other"}, "another model"),
+        ({"layout": None}, "d1 cannot take KV blocks of d0: layers 2 -> 3"),
+    ],
 )
 def test_a_worker_that_does_not_fit_the_others_is_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any], sentence: str
@@ -144,13 +147,39 @@ def test_a_worker_that_does_not_fit_the_others_is_refused(
         async with running(tmp_path) as mesh:
             first = await mesh.worker("d0", "decode")
             if "layout" in change:
-                change["layout"] = replace(first.info.layout, block_tokens=8)
+                change["layout"] = replace(first.info.layout, layers=3)
             other = mesh.dial(info("d1", "decode", **change))
             other.send(Register(other.info))
             await mesh.until(lambda: sentence in caplog.text)
             first.send(Goodbye("making room"))
             await mesh.until(lambda: not mesh.fleet.pool.workers())
             await other.register()
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(scenario())
+
+
+def test_workers_that_can_convert_each_others_blocks_serve_together(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            first = await mesh.worker("d0", "decode")
+            changes: list[dict[str, Any]] = [{"block_tokens": 16}, {"dtype": "bfloat16"}, {"tp": 2, "rank": 1}]
+            for number, change in enumerate(changes):
+                await mesh.worker(f"d{number + 1}", "decode", layout=replace(first.info.layout, **change))
+            assert len(mesh.fleet.pool.workers()) == 4
+            assert mesh.fleet.pool.block_sizes == (4, 16)
+            assert mesh.fleet.pool.token_bytes == first.info.layout.token_bytes
+
+    asyncio.run(scenario())
+
+
+def test_a_layout_that_is_none_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            other = mesh.dial(info("d0", "decode"))
+            other.send(Register(replace(other.info, layout=replace(other.info.layout, block_tokens=0))))
+            await mesh.until(lambda: "block_tokens 0" in caplog.text)
+            assert not mesh.fleet.pool.workers()
 
     with caplog.at_level(logging.WARNING):
         asyncio.run(scenario())

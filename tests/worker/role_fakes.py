@@ -16,7 +16,7 @@ from worker.role import Parts, Replies
 from worker.steploop import StepLoop
 
 LAYOUT = KvLayout(layers=1, kv_heads=1, head_dim=4, block_tokens=4, dtype="uint8")
-HOLDER = Peer("prefill-0", 7, "ipc:///nowhere", "host")
+HOLDER = Peer("prefill-0", 7, "ipc:///nowhere", "host", LAYOUT)
 
 
 @dataclass(slots=True)
@@ -86,7 +86,7 @@ def decode_message(tokens: int = 10, attempt: int = 1, *, source: Peer | None = 
     return Decode("r", attempt, prompt, tokens, params, b"root", 60.0, source, source is not None, limit)
 
 
-DECODE = Peer("decode-0", 9, "", "host")
+DECODE = Peer("decode-0", 9, "", "host", LAYOUT)
 
 
 def prefill_message(tokens: int = 10, attempt: int = 1, *, history: int = 0) -> Prefill:
