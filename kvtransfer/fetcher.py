@@ -37,7 +37,7 @@ from mesh.errors import BadFrame, KvmeshError
 from mesh.keys import Keys
 from mesh.layout import KvLayout
 from mesh.messages import Peer
-from mesh.wire import Envelope
+from mesh.wire import KV, Envelope
 
 RECEIVE_MESSAGES = 64
 RECEIVE_BYTES = 8 << 20
@@ -52,8 +52,8 @@ WATCHED = LOST | RETRIED
 LinkKey = tuple[str, int]
 
 
-class LayoutRefused(KvmeshError):
-    """No block of this holder can be converted to one's own layout."""
+class PeerRefused(KvmeshError):
+    """This holder speaks another protocol, or none of its blocks can be converted to one's own layout."""
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +71,8 @@ class Link:
     idle_since: float
     block_bytes: int
     """Of the holder's blocks."""
+    version: int
+    """Of the protocol, that both speak."""
     opener: Opener | None
     waiting: list[bytes] = field(default_factory=list)
     """What is to be said once the holder has greeted."""
@@ -146,7 +148,7 @@ class Fetcher:
         except (
             zmq.ZMQError,
             DialRefused,
-            LayoutRefused,
+            PeerRefused,
         ) as error:  # an address that is none is a peer that cannot be reached
             outcome = "peer_lost" if isinstance(error, zmq.ZMQError) else "refused"
             self._counters.end(outcome)
@@ -171,23 +173,26 @@ class Fetcher:
         return link
 
     def _open(self, key: LinkKey, peer: Peer) -> Link:
-        """Raises `zmq.ZMQError`, `DialRefused` or `LayoutRefused`."""
-        refused = self._layout.taking(peer.layout).refused
+        """Raises `zmq.ZMQError`, `DialRefused` or `PeerRefused`."""
+        version, layout = KV.common(peer.kv), peer.layout or self._layout
+        refused = self._layout.taking(layout).refused
+        if version is None:
+            raise PeerRefused(f"{peer.worker_id} speaks KV protocol {peer.kv} and this worker {KV}")
         if refused:
-            raise LayoutRefused(f"layout: {refused}")
+            raise PeerRefused(f"layout: {refused}")
         control, bulk = addresses(peer.kv_address, self._keys)
-        size = peer.layout.block_bytes
+        size = layout.block_bytes
         state = fs.Fetching(
             self._me,
             peer.incarnation,
-            peer.layout,
+            layout,
             offers(self._transports),
             (Offer(INLINE, self._transports[INLINE].scope),),
             window_blocks(size),
         )
         if not bulk or self._keys is None:
             dealer = open_dealer(self._context, control, size)
-            return Link(key, dealer, dealer, (monitor_of(dealer, WATCHED),), state, self._clock(), size, None)
+            return Link(key, dealer, dealer, (monitor_of(dealer, WATCHED),), state, self._clock(), size, version, None)
         name = new_link()
         dealer = open_dealer(self._context, control, size, keys=self._keys, link=name)
         greeting = hello(self._keys.transfer, name)
@@ -199,7 +204,7 @@ class Fetcher:
         inbound.send(greeting)
         monitors = (monitor_of(dealer, WATCHED | DENIED), monitor_of(inbound, WATCHED | DENIED))
         opener = Opener(self._keys.transfer, name, self._pool)
-        return Link(key, dealer, inbound, monitors, state, self._clock(), size, opener)
+        return Link(key, dealer, inbound, monitors, state, self._clock(), size, version, opener)
 
     def _apply(self, link: Link, event: fs.Event) -> None:
         link.state, effects = fetching.step(link.state, event, self._clock())
@@ -238,7 +243,7 @@ class Fetcher:
         )
 
     def _send(self, link: Link, message: object) -> None:
-        frame = seal(message, self._me, link.state.holder)
+        frame = seal(message, self._me, link.state.holder, link.version)
         if link.opener is not None and not link.opener.is_open:
             if len(link.waiting) < MAX_WAITING:
                 link.waiting.append(frame)

@@ -6,7 +6,9 @@ own pages in its own. So two layouts are equal, convertible, or refused by the n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+
+from mesh.wire import since
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "uint8": 1}
 FLOATS = ("float32", "bfloat16", "float16", "float8_e4m3fn")
@@ -37,9 +39,9 @@ class KvLayout:
     head_dim: int
     block_tokens: int
     dtype: str
-    tp: int = 1
+    tp: int = field(default=1, metadata=since(control=5, kv=5, before=1))
     """Tensor-parallel degree: into how many slices the heads are cut. Above `kv_heads`, several ranks have the same."""
-    rank: int = 0
+    rank: int = field(default=0, metadata=since(control=5, kv=5, before=0))
     """Which of these slices is here."""
 
     @property

@@ -5,6 +5,9 @@ A link's life:
     dialled ──connected──▶ Register sent ──Welcome──▶ registered ──lease lapsed / another proxy answers──▶ lost
        ▲                        ▲ (repeated until Welcome)                                                  │
        └────────────────────────┴───────────────────────────────────────────────────────────────────────────┘
+
+Each `Register` without an answer is followed by one in the version of the protocol before, and after the lowest by the
+highest again: an older proxy cannot say that it did not understand.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from mesh import wire
 from mesh.curve import HANDSHAKE_FAILED, check_address, dial, is_ipc
 from mesh.errors import BadFrame
 from mesh.keys import Keys
-from mesh.messages import ProxyBeat, Register, Welcome, WorkerInfo
+from mesh.messages import OtherVersions, ProxyBeat, Register, Welcome, WorkerInfo
+from mesh.wire import CONTROL, Versions
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +59,11 @@ class ProxyLink:
         self._lease_s = 0.0
         self._heard = 0.0
         self._next_register = 0.0
+        self._version = CONTROL.highest
+        """That this proxy answered in."""
+        self._tried = CONTROL.highest
+        """For the next `Register`."""
+        self._warned = False
         self._outbox: deque[bytes] = deque()
         self.socket = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 200)
@@ -79,7 +88,7 @@ class ProxyLink:
 
     def send(self, message: Any) -> None:
         """Queues a message; `flush` hands it on. Nothing is ever dropped while the link is registered."""
-        self._outbox.append(wire.encode(message, self._info.incarnation))
+        self._outbox.append(wire.encode(message, self._info.incarnation, version=self._version))
 
     def flush(self) -> None:
         while self._outbox:
@@ -97,9 +106,25 @@ class ProxyLink:
             except zmq.Again:
                 return
             try:
-                yield wire.decode(frame)
+                envelope = wire.decode(frame)
             except BadFrame as error:
                 log.warning("proxy %s sent a bad frame: %s", self.address, error)
+                continue
+            if isinstance(envelope.message, OtherVersions):
+                self._not_understood(envelope.message.control)
+                continue
+            if isinstance(envelope.message, Welcome):
+                self._version = self._tried = envelope.version
+            yield envelope
+
+    def _not_understood(self, spoken: Versions) -> None:
+        """The proxy speaks other versions than that of the last `Register`."""
+        common = CONTROL.common(spoken)
+        if common is not None:
+            self._tried = common
+        elif not self._warned:
+            self._warned = True
+            log.error("proxy %s speaks control protocol %s and this worker %s", self.address, spoken, CONTROL)
 
     def heard(self, message: Welcome | ProxyBeat, now: float) -> bool:
         """Notes a sign of life. True: this is a proxy process that the link did not know before."""
@@ -122,6 +147,7 @@ class ProxyLink:
         while self.monitor.poll(0):
             event = recv_monitor_message(self.monitor)
             if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._tried = CONTROL.highest
                 self._register(now)
             elif event["event"] & HANDSHAKE_FAILED:
                 log.warning("proxy %s and this worker do not know each other's keys", self.address)
@@ -142,7 +168,9 @@ class ProxyLink:
 
     def _register(self, now: float) -> None:
         self._next_register = now + REGISTER_EVERY_S
+        register = Register(self._info, self._forgotten)
         try:
-            self.socket.send(wire.encode(Register(self._info, self._forgotten), self._info.incarnation), zmq.NOBLOCK)
+            self.socket.send(wire.encode(register, self._info.incarnation, version=self._tried), zmq.NOBLOCK)
         except zmq.Again:
             return
+        self._tried = self._tried - 1 if self._tried > CONTROL.lowest else CONTROL.highest

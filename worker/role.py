@@ -39,7 +39,8 @@ def engine_request(message: Prefill | Decode, now: float, *, stop_after: int | N
 def converted_from(own: KvLayout, peer: Peer | None) -> KvLayout | None:
     """The layout that blocks of `peer` are converted from as they come in; None: they need no conversion, or would be
     of no use, in which case the fetch is refused."""
-    return peer.layout if peer is not None and own.taking(peer.layout).conversions else None
+    theirs = None if peer is None else peer.layout
+    return theirs if theirs is not None and own.taking(theirs).conversions else None
 
 
 def new_transfer_id() -> bytes:

@@ -33,6 +33,9 @@ RETURN_WINDOW_S = 60.0
 MAX_WORKERS = 4096
 """Fences kept; the oldest worker id without a live process is forgotten above it."""
 
+CONVERTING = 5
+"""The first version of the KV protocol whose speakers convert between layouts."""
+
 IDLE = Load(0, 0, 0, 0, 0, 0, 0, 0, 0.0)
 
 
@@ -79,7 +82,7 @@ class Worker:
     @property
     def peer(self) -> Peer:
         info = self.info
-        return Peer(info.worker_id, info.incarnation, info.kv_address, info.host, info.layout)
+        return Peer(info.worker_id, info.incarnation, info.kv_address, info.host, info.layout, info.kv)
 
     @property
     def silence_limit(self) -> float:
@@ -203,11 +206,7 @@ class WorkerPool:
         others = [w for w in self._workers.values() if w.health is Health.ALIVE and w.info.worker_id != info.worker_id]
         if others and info.model_digest != self._digest:
             return f"{info.worker_id} serves another model ({info.model}) than the workers before it"
-        for other in others:
-            refused = info.layout.taking(other.info.layout).refused
-            if refused:
-                return f"{info.worker_id} cannot take KV blocks of {other.info.worker_id}: {refused}"
-        return ""
+        return next((why for other in others if (why := _strangers(info, other.info))), "")
 
     def _refresh_facts(self) -> None:
         infos = [w.info for w in self._workers.values()]
@@ -292,3 +291,15 @@ class WorkerPool:
             return Absence.RETURNING
         lately = self._last_loss is not None and now - self._last_loss < RETURN_WINDOW_S
         return Absence.RETURNING if lately else Absence.NONE
+
+
+def _strangers(new: WorkerInfo, old: WorkerInfo) -> str:
+    """Why two workers of one model cannot exchange KV blocks; empty when they can."""
+    version = new.kv.common(old.kv)
+    if version is None:
+        return f"{new.worker_id} speaks KV protocol {new.kv} and {old.worker_id} {old.kv}"
+    refused = new.layout.taking(old.layout).refused
+    difference = new.layout.difference(old.layout) if version < CONVERTING else ""
+    if not refused and difference:
+        refused = f"{difference}, and KV protocol {version} of {new.worker_id} or {old.worker_id} converts nothing"
+    return f"{new.worker_id} cannot take KV blocks of {old.worker_id}: {refused}" if refused else ""

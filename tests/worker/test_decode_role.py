@@ -10,7 +10,7 @@ from decode.role import DecodeRole
 from engine.step import Missing
 from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted
 from mesh.messages import Abort, Refused
-from tests.worker.role_fakes import HOLDER, Bench, decode_message
+from tests.worker.role_fakes import HOLDER, LAYOUT, Bench, decode_message
 from worker.firsttoken import FirstToken
 from worker.steploop import Expected, Rejected
 
@@ -98,7 +98,7 @@ def test_what_is_owed_is_counted_in_blocks_that_are_whole_here(their_size: int, 
     """Of 10 tokens in blocks of 4, from a worker with smaller or larger ones."""
     bench = Bench()
     role = DecodeRole(bench.parts)
-    layout = replace(HOLDER.layout, block_tokens=their_size)
+    layout = replace(LAYOUT, block_tokens=their_size)
     role.assign(bench.proxy, decode_message(source=replace(HOLDER, layout=layout), limit=max(0, owed - 1)))
     assert [theirs for _, theirs in bench.loop.named("expect")] == [layout]
     count = -(-10 // their_size)
@@ -115,7 +115,7 @@ def test_what_is_owed_is_counted_in_blocks_that_are_whole_here(their_size: int, 
 def test_blocks_that_cannot_be_converted_are_not_expected_in_their_form() -> None:
     """The fetch is refused and the prompt computed."""
     bench = Bench()
-    strange = replace(HOLDER, layout=replace(HOLDER.layout, block_tokens=0))
+    strange = replace(HOLDER, layout=replace(LAYOUT, block_tokens=0))
     DecodeRole(bench.parts).assign(bench.proxy, decode_message(source=strange))
     assert [theirs for _, theirs in bench.loop.named("expect")] == [None]
 

@@ -12,7 +12,7 @@ from kvtransfer.endpoint import BlockArrived, FetchEnded, StreamReleased
 from mesh.messages import Abort, TokenBatch
 from mesh.params import SamplingParams
 from prefill.role import PrefillRole
-from tests.worker.role_fakes import DECODE, Bench, decode_message, prefill_message
+from tests.worker.role_fakes import DECODE, LAYOUT, Bench, decode_message, prefill_message
 from worker.firsttoken import FirstToken
 from worker.steploop import Expected, Stepped
 
@@ -150,7 +150,7 @@ def test_a_history_in_larger_blocks_is_asked_for_in_those() -> None:
     bench = Bench()
     role = PrefillRole(bench.parts)
     message = prefill_message(history=8)
-    layout = replace(DECODE.layout, block_tokens=8)
+    layout = replace(LAYOUT, block_tokens=8)
     role.assign(bench.proxy, replace(message, history=replace(DECODE, layout=layout)))
     assert [theirs for _, theirs in bench.loop.named("expect")] == [layout]
     role.expected(Expected(KEY, (Missing(0, bytes(16), 8), Missing(1, bytes(16), 2))))
