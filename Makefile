@@ -2,13 +2,16 @@
 # make test  the same set-up, then all tests
 # make lint  ruff and mypy
 # make test-clients   other people's clients (langchain, guidellm, aiperf, lm-eval), each in an environment of its own
-# make fuzz  20,000 requests drawn from the API's own description, and as many to a real service
+# make simulate   a simulated fleet with a million injected faults   (SIMULATE='--fresh --seconds 60': new seeds)
+# make fuzz  a million damaged frames for the decoders, 20,000 requests drawn from the API's own description, and as many
+#            to a real service
 
 PYTHON ?= python3
 VENV ?= .venv
 TEST_WORKERS ?= 2
 MODEL ?=
 FLAGS ?=
+SIMULATE ?= --faults 1000000
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.kvmesh-installed
@@ -16,7 +19,7 @@ INSTALLED_DEV := $(VENV)/.kvmesh-installed-dev
 
 CLIENTS := $(patsubst tests/clients/requirements/%.txt,$(VENV)/clients/%,$(wildcard tests/clients/requirements/*.txt))
 
-.PHONY: up test test-clients fuzz lint clean
+.PHONY: up test test-clients simulate fuzz lint clean
 
 up: $(INSTALLED)
 	$(BIN)/kvmesh up $(FLAGS) $(MODEL)
@@ -38,8 +41,12 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/mypy
 
 fuzz: $(INSTALLED_DEV)
+	$(BIN)/python -m tests.fuzz_frames
 	$(BIN)/python -m tests.fuzz --requests 20000
 	$(BIN)/python -m tests.fuzz --requests 20000 --seed 1 --service
+
+simulate: $(INSTALLED_DEV)
+	$(BIN)/python -m tests.simulation $(SIMULATE)
 
 clean:
 	rm -rf $(VENV)

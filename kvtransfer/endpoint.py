@@ -8,8 +8,10 @@ call other than these two brings about is returned by the next of them, which `n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from kvtransfer import holding_state as hs
+from kvtransfer.channel import is_hello
 from kvtransfer.events import (
     BlockArrived,
     Counters,
@@ -28,6 +30,8 @@ from kvtransfer.sockets import Context, Socket
 from kvtransfer.transports.base import Payload, Transport
 from kvtransfer.transports.choice import open_transports
 from kvtransfer.transports.local import Exchange
+from mesh.curve import Authenticator
+from mesh.keys import Keys
 from mesh.layout import KvLayout
 from mesh.messages import Peer
 
@@ -65,8 +69,12 @@ class KvEndpoint:
         clock: Callable[[], float],
         exchange: Exchange | None = None,
         wrap: Callable[[Transport], Transport] = _unchanged,
+        keys: Keys | None = None,
     ) -> None:
-        """`exchange`: shared by endpoints of one process that use `local`. `wrap`: puts faults around a transport."""
+        """`exchange`: shared by endpoints of one process that use `local`. `wrap`: puts faults around a transport.
+
+        With `keys`, tcp is encrypted: one such endpoint per context, because a context has one judge of client keys.
+        """
         self.worker_id = worker_id
         self.layout = layout
         self._clock = clock
@@ -77,12 +85,17 @@ class KvEndpoint:
         self._transports = {name: wrap(transport) for name, transport in opened.items()}
         emit = self._events.append
         parts = (incarnation, layout, self._transports, self._counters, clock, emit)
+        self._authenticator = (
+            Authenticator(context, frozenset({keys.worker}), partial(is_hello, keys.transfer))
+            if keys is not None
+            else None
+        )
         try:
-            self._holder = Holder(context, bind, *parts)
+            self._holder = Holder(context, bind, *parts, keys)
         except BaseException:
-            self._close_transports()
+            self._close_parts()
             raise
-        self._fetcher = Fetcher(context, *parts)
+        self._fetcher = Fetcher(context, *parts, keys)
         self.address = self._holder.address
         self.peer = Peer(worker_id, incarnation, self.address, host)
         """How other workers name this endpoint."""
@@ -144,12 +157,14 @@ class KvEndpoint:
 
     def sockets(self) -> list[Socket]:
         """To be polled for reading; changes as connections come and go."""
-        return [self._holder.router, self._holder.monitor, *self._fetcher.sockets]
+        return [*self._holder.sockets, *self._fetcher.sockets]
 
     def receive(self, socket: Socket) -> list[Event]:
         """Reads what came on `socket`, a bounded number of messages; whatever it is, nothing is raised."""
         if socket is self._holder.router:
             self._holder.receive()
+        elif socket is self._holder.out:
+            self._holder.receive_hellos()
         elif socket is self._holder.monitor:
             self._holder.receive_monitor()
         else:
@@ -170,6 +185,10 @@ class KvEndpoint:
 
     def stats(self) -> TransferStats:
         c = self._counters
+        dropped = dict(c.dropped)
+        if self._authenticator is not None:
+            dropped["client_key"] = self._authenticator.refused
+            dropped["hello"] = dropped.get("hello", 0) + self._authenticator.refused_hellos
         return TransferStats(
             fetching=self._fetcher.num_transfers,
             serving=len(self._holder.state.servings),
@@ -181,7 +200,7 @@ class KvEndpoint:
             blocks_in=c.blocks_in,
             blocks_out=c.blocks_out,
             corrupt=c.corrupt,
-            dropped=dict(c.dropped),
+            dropped=dropped,
             ended=dict(c.ended),
         )
 
@@ -192,9 +211,11 @@ class KvEndpoint:
         self._closed = True
         self._fetcher.close()
         self._holder.close()
-        self._close_transports()
+        self._close_parts()
 
-    def _close_transports(self) -> None:
+    def _close_parts(self) -> None:
+        if self._authenticator is not None:
+            self._authenticator.close()
         for transport in self._transports.values():
             transport.close()
 

@@ -9,26 +9,32 @@ import zmq
 
 from kvtransfer import fetching
 from kvtransfer import fetching_state as fs
+from kvtransfer.channel import Opener, Unsealable, hello, new_link
 from kvtransfer.events import BlockArrived, Counters, Event, FetchEnded, Noted
 from kvtransfer.integrity import is_intact, seal, unseal
 from kvtransfer.messages import BlockHeader, Blocks, Offer, SlotsReturned
 from kvtransfer.protocol import MAX_CONTROL_BYTES, Wanted, window_blocks
 from kvtransfer.sockets import (
+    DENIED,
     FAILED_CONNECTS,
     LOST,
     RETRIED,
     Context,
+    DialRefused,
     Socket,
+    addresses,
     close_monitored,
     monitor_of,
     open_dealer,
     read_monitor,
     send,
 )
-from kvtransfer.transports.base import Payload, Transport, TransportFault
+from kvtransfer.transports.base import Payload, Transport, TransportFault, parcel_bytes
 from kvtransfer.transports.choice import offers
 from kvtransfer.transports.inline import NAME as INLINE
+from kvtransfer.transports.pool import BufferPool
 from mesh.errors import BadFrame
+from mesh.keys import Keys
 from mesh.layout import KvLayout
 from mesh.messages import Peer
 from mesh.wire import Envelope
@@ -39,6 +45,9 @@ RECEIVE_BYTES = 8 << 20
 bandwidth of 64 MiB), and shared-memory slots return while the holder still has others."""
 LINK_IDLE_S = 30.0
 """A connection without transfers is closed; the next fetch opens another in about a millisecond."""
+MAX_WAITING = 2048
+"""Messages kept for a holder that has not greeted yet; the fetches among them end by their deadline."""
+WATCHED = LOST | RETRIED
 
 LinkKey = tuple[str, int]
 
@@ -49,9 +58,18 @@ class Link:
 
     key: LinkKey
     dealer: Socket
-    monitor: Socket
+    """To the holder."""
+    inbound: Socket
+    """From it: the same socket, or with keys and over tcp one of its own, see `channel`."""
+    monitors: tuple[Socket, ...]
+    """Of the two, or of the one that both are."""
     state: fs.Fetching
     idle_since: float
+    opener: Opener | None
+    waiting: list[bytes] = field(default_factory=list)
+    """What is to be said once the holder has greeted."""
+    refused: str = ""
+    """Why the holder will not talk to this worker."""
     failed_connects: int = 0
     segments: dict[str, str] = field(default_factory=dict)
     """Segments of this holder that were read, and by which transport."""
@@ -71,6 +89,7 @@ class Fetcher:
         counters: Counters,
         clock: Callable[[], float],
         emit: Callable[[Event], None],
+        keys: Keys | None = None,
     ) -> None:
         self._context = context
         self._me = incarnation
@@ -79,6 +98,9 @@ class Fetcher:
         self._counters = counters
         self._clock = clock
         self._emit = emit
+        self._keys = keys
+        self._pool = BufferPool(parcel_bytes(layout.block_bytes))
+        """What sealed payloads are opened into."""
         self._links: dict[LinkKey, Link] = {}
         self._by_socket: dict[Socket, Link] = {}
         self._by_transfer: dict[bytes, Link] = {}
@@ -115,10 +137,11 @@ class Fetcher:
             raise ValueError("a transfer id is used once")
         try:
             link = self._link_to(peer)
-        except zmq.ZMQError as error:  # an address that is none is a peer that cannot be reached
-            self._counters.end("peer_lost")
+        except (zmq.ZMQError, DialRefused) as error:  # an address that is none is a peer that cannot be reached
+            outcome = "refused" if isinstance(error, DialRefused) else "peer_lost"
+            self._counters.end(outcome)
             missing = tuple(w.index for w in wanted)
-            self._emit(FetchEnded(transfer_id, missing, "peer_lost", 0, 0.0, 0, str(error)))
+            self._emit(FetchEnded(transfer_id, missing, outcome, 0, 0.0, 0, str(error)))
             return
         self._by_transfer[transfer_id] = link
         self._apply(link, fs.Start(transfer_id, attempt, stream, tuple(wanted), deadline_s))
@@ -132,19 +155,38 @@ class Fetcher:
         key = (peer.kv_address, peer.incarnation)
         link = self._links.get(key)
         if link is None:
-            dealer = open_dealer(self._context, peer.kv_address, self._layout.block_bytes)
-            monitor = monitor_of(dealer, LOST | RETRIED)
-            state = fs.Fetching(
-                self._me,
-                peer.incarnation,
-                self._layout,
-                offers(self._transports),
-                (Offer(INLINE, self._transports[INLINE].scope),),
-                window_blocks(self._layout.block_bytes),
-            )
-            link = self._links[key] = Link(key, dealer, monitor, state, self._clock())
-            self._by_socket[dealer] = self._by_socket[monitor] = link
+            link = self._links[key] = self._open(key, peer)
+            for socket in (link.dealer, link.inbound, *link.monitors):
+                self._by_socket[socket] = link
         return link
+
+    def _open(self, key: LinkKey, peer: Peer) -> Link:
+        """Raises `zmq.ZMQError` or `DialRefused`."""
+        control, bulk = addresses(peer.kv_address, self._keys)
+        size = self._layout.block_bytes
+        state = fs.Fetching(
+            self._me,
+            peer.incarnation,
+            self._layout,
+            offers(self._transports),
+            (Offer(INLINE, self._transports[INLINE].scope),),
+            window_blocks(size),
+        )
+        if not bulk or self._keys is None:
+            dealer = open_dealer(self._context, control, size)
+            return Link(key, dealer, dealer, (monitor_of(dealer, WATCHED),), state, self._clock(), None)
+        name = new_link()
+        dealer = open_dealer(self._context, control, size, keys=self._keys, link=name)
+        greeting = hello(self._keys.transfer, name)
+        try:
+            inbound = open_dealer(self._context, bulk, size, link=name, hello=greeting)
+        except zmq.ZMQError:
+            dealer.close()
+            raise
+        inbound.send(greeting)
+        monitors = (monitor_of(dealer, WATCHED | DENIED), monitor_of(inbound, WATCHED | DENIED))
+        opener = Opener(self._keys.transfer, name, self._pool)
+        return Link(key, dealer, inbound, monitors, state, self._clock(), opener)
 
     def _apply(self, link: Link, event: fs.Event) -> None:
         link.state, effects = fetching.step(link.state, event, self._clock())
@@ -183,8 +225,18 @@ class Fetcher:
         )
 
     def _send(self, link: Link, message: object) -> None:
+        frame = seal(message, self._me, link.state.holder)
+        if link.opener is not None and not link.opener.is_open:
+            if len(link.waiting) < MAX_WAITING:
+                link.waiting.append(frame)
+            else:
+                self._counters.drop("backlog")
+            return
+        self._send_frame(link, frame)
+
+    def _send_frame(self, link: Link, frame: bytes) -> None:
         try:
-            send(link.dealer, (seal(message, self._me, link.state.holder),), None)
+            send(link.dealer, (frame,), None)
         except zmq.ZMQError:  # the queue is full: the lease or the next `Standing` will tell
             self._counters.drop("backlog")
 
@@ -192,17 +244,19 @@ class Fetcher:
         link = self._by_socket.get(socket)
         if link is None:  # closed since the caller polled
             return
-        if socket is link.monitor:
-            self._monitor(link)
+        if socket in link.monitors:
+            self._monitor(link, socket)
         else:
             self._read(link)
+        if link.refused:
+            self._lose(link, link.refused)
 
     def _read(self, link: Link) -> int:
         """Reads a bounded number of messages; returns how many there were."""
         count = size = 0
         while count < RECEIVE_MESSAGES and size < RECEIVE_BYTES:
             try:
-                frames = link.dealer.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames = link.inbound.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break
             count += 1
@@ -214,8 +268,17 @@ class Fetcher:
 
     def _frames(self, link: Link, frames: list[zmq.Frame]) -> int:
         """Takes one message in; returns the bytes of its blocks."""
-        head = frames[0].buffer
-        if len(frames) > 2 or len(head) > MAX_CONTROL_BYTES:
+        if len(frames) > 2:
+            self._counters.drop("frames")
+            return 0
+        head: Payload = frames[0].buffer
+        payload: Payload | None = frames[1].buffer.toreadonly() if len(frames) == 2 else None
+        if link.opener is not None:
+            opened = self._unsealed(link, link.opener, head, payload)
+            if opened is None:
+                return 0
+            head, payload = opened
+        if len(head) > MAX_CONTROL_BYTES:
             self._counters.drop("frames")
             return 0
         try:
@@ -224,11 +287,26 @@ class Fetcher:
             self._counters.drop("bad_frame")
             return 0
         if isinstance(envelope.message, Blocks):
-            return self._blocks(
-                link, envelope, envelope.message, frames[1].buffer.toreadonly() if len(frames) == 2 else None
-            )
+            return self._blocks(link, envelope, envelope.message, payload)
         self._apply(link, fs.Received(envelope.sender, envelope.receiver, envelope.message))
         return 0
+
+    def _unsealed(
+        self, link: Link, opener: Opener, frame: Payload, payload: Payload | None
+    ) -> tuple[Payload, Payload | None] | None:
+        """The message in sealed frames; None: the greeting, or nothing of this session."""
+        greeted = opener.is_open
+        try:
+            opened = opener.open(frame, payload)
+        except Unsealable as error:
+            self._counters.drop(error.reason)
+            return None
+        if greeted:
+            return opened
+        waiting, link.waiting = link.waiting, []
+        for said in waiting:
+            self._send_frame(link, said)
+        return None
 
     def _blocks(self, link: Link, envelope: Envelope, message: Blocks, frame: Payload | None) -> int:
         payload = self._take(link, message, frame)
@@ -279,15 +357,22 @@ class Fetcher:
             kept = tuple(o for o in link.state.offers if o.transport != transport)
             link.state = replace(link.state, offers=kept)
 
-    def _monitor(self, link: Link) -> None:
-        while (event := read_monitor(link.monitor)) is not None:
+    def _monitor(self, link: Link, monitor: Socket) -> None:
+        while (event := read_monitor(monitor)) is not None:
             link.failed_connects += event == RETRIED
-            if event == LOST or link.failed_connects >= FAILED_CONNECTS:
+            if event & DENIED:
+                self._counters.drop("unknown_key")
+                link.refused = "the holder and this worker do not know each other's keys"
+            elif event == LOST or link.failed_connects >= FAILED_CONNECTS:
                 while self._read(link):  # what arrived before the end counts
                     pass
-                self._apply(link, fs.PeerLost())
-                self._close(link)
+                self._lose(link, link.refused or fs.PeerLost().detail)
                 return
+
+    def _lose(self, link: Link, detail: str) -> None:
+        if self._links.get(link.key) is link:
+            self._apply(link, fs.PeerLost(detail))
+            self._close(link)
 
     def tick(self) -> None:
         now = self._clock()
@@ -301,8 +386,10 @@ class Fetcher:
         for segment, transport in link.segments.items():
             self._transports[transport].forget(segment)
         del self._links[link.key]
-        del self._by_socket[link.dealer], self._by_socket[link.monitor]
-        close_monitored(link.dealer, link.monitor)
+        for socket in {link.dealer, link.inbound, *link.monitors}:
+            del self._by_socket[socket]
+        for socket, monitor in zip((link.dealer, link.inbound), link.monitors, strict=False):
+            close_monitored(socket, monitor)
 
     def close(self) -> None:
         for link in list(self._links.values()):

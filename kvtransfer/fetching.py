@@ -75,7 +75,7 @@ def step(state: Fetching, event: Event, now: float) -> Result:
     if isinstance(event, Abort):
         transfer = state.transfers.get(event.transfer_id)
         return (state, []) if transfer is None else _end(state, transfer, "aborted", now)
-    return _end_all(state, "peer_lost", "the connection to the holder broke", now)
+    return _end_all(state, "peer_lost", event.detail, now)
 
 
 def next_deadline(state: Fetching) -> float:

@@ -124,7 +124,9 @@ class BlocksIn:
 
 @dataclass(frozen=True, slots=True)
 class PeerLost:
-    """The connection to the holder broke."""
+    """The connection to the holder broke, or never was."""
+
+    detail: str = "the connection to the holder broke"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -16,11 +17,14 @@ from kvtransfer.events import Counters, Event, NeedBlocks, StreamReleased, Wante
 from kvtransfer.integrity import digest, seal, unseal
 from kvtransfer.messages import BlockHeader, Blocks, Offer, SlotsReturned, Standing
 from kvtransfer.protocol import MAX_CONTROL_BYTES, Wanted
+from kvtransfer.sealing import Sealing
 from kvtransfer.sockets import (
     LOST,
     Context,
+    Socket,
     close_monitored,
     monitor_of,
+    open_bulk_router,
     open_router,
     read_monitor,
     send,
@@ -28,7 +32,9 @@ from kvtransfer.sockets import (
 from kvtransfer.transports.base import Payload, Transport, parcel_bytes
 from kvtransfer.transports.choice import choose
 from kvtransfer.transports.inline import NAME as INLINE
+from mesh.curve import is_ipc
 from mesh.errors import BadFrame
+from mesh.keys import Keys
 from mesh.layout import KvLayout
 from mesh.wire import Envelope
 
@@ -65,9 +71,19 @@ class Holder:
         counters: Counters,
         clock: Callable[[], float],
         emit: Callable[[Event], None],
+        keys: Keys | None = None,
     ) -> None:
-        self.router, self.address = open_router(context, bind, layout.block_bytes)
-        self.monitor = monitor_of(self.router, LOST)
+        self.router, self.address = open_router(context, bind, layout.block_bytes, keys)
+        self.out = self.router
+        """What fetchers are told goes out here: with keys and over tcp, a socket of its own, see `channel`."""
+        self._sealing = Sealing(keys.transfer, layout) if keys is not None and not is_ipc(bind) else None
+        if self._sealing is not None:
+            try:
+                self.out, self.address = open_bulk_router(context, bind, self.address)
+            except BaseException:
+                self.router.close()
+                raise
+        self.monitor = monitor_of(self.out, LOST)
         self.state = hs.Holding(incarnation, layout)
         self._me = incarnation
         self._parcel_bytes = parcel_bytes(layout.block_bytes)
@@ -86,6 +102,11 @@ class Holder:
         self._probe_at = 0.0
         self._sender = 0
         """Incarnation in the envelope that is being answered."""
+
+    @property
+    def sockets(self) -> list[Socket]:
+        bulk = [] if self.out is self.router else [self.out]
+        return [self.router, self.monitor, *bulk]
 
     @property
     def num_slots(self) -> int:
@@ -129,8 +150,14 @@ class Holder:
         self.state, effects = holding.step(self.state, event, self._clock())
         for effect in effects:
             self._do(effect)
+        self._step_lost()
+
+    def _step_lost(self) -> None:
         while self._lost:
-            self._step(hs.LinkLost(self._lost.pop()))
+            link = self._lost.pop()
+            if self._sealing is not None:
+                self._sealing.forget(link)
+            self._step(hs.LinkLost(link))
 
     def _do(self, effect: hs.Effect) -> None:
         if isinstance(effect, hs.SendBlocks):
@@ -178,8 +205,7 @@ class Holder:
             self._take_fresh()
         for key in list(self._parcels):
             self._post(self._parcels.pop(key))
-        while self._lost:
-            self._step(hs.LinkLost(self._lost.pop()))
+        self._step_lost()
 
     def _flush_link(self, link: bytes) -> None:
         for key in [k for k in self._parcels if k[0] == link]:
@@ -209,8 +235,15 @@ class Holder:
         self._send(parcel.link, seal(message, self._me, parcel.fetcher), posted.frame)
 
     def _send(self, link: bytes, frame: bytes, payload: Payload | None) -> None:
+        if self._sealing is not None:
+            sealed = self._sealing.seal(link, frame, payload)
+            if sealed is None:  # its bulk connection was never greeted, or is gone
+                self._counters.drop("unreachable")
+                self._lost.append(link)
+                return
+            frame, payload = sealed
         try:
-            send(self.router, (link, frame), payload)
+            send(self.out, (link, frame), payload)
         except zmq.Again:
             self._counters.drop("backlog")
         except zmq.ZMQError as error:
@@ -253,6 +286,23 @@ class Holder:
             self._heard(frames[0], envelope)
         self.flush()
 
+    def receive_hellos(self) -> None:
+        """Reads the bulk socket: whoever says the hello of the link that it is, is greeted."""
+        if self._sealing is None:
+            return
+        for _ in range(RECEIVE_BUDGET):
+            try:
+                frames = self.out.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            link = frames[0]
+            greeting = self._sealing.greet(link, frames[1]) if len(frames) == 2 else None
+            if greeting is None:
+                self._counters.drop("hello")
+                continue
+            with suppress(zmq.ZMQError):  # gone again, or it does not read: it is no fetcher yet
+                send(self.out, (link, greeting), None)
+
     def _heard(self, link: bytes, envelope: Envelope) -> None:
         if isinstance(envelope.message, SlotsReturned):
             self._returned(link, envelope.message)
@@ -275,4 +325,5 @@ class Holder:
         self.flush()
 
     def close(self) -> None:
-        close_monitored(self.router, self.monitor)
+        close_monitored(self.out, self.monitor)
+        self.router.close(linger=0)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
-from urllib.parse import urlsplit
+import re
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from kvtransfer.protocol import MAX_CONTROL_BYTES
 from kvtransfer.transports.base import PARCEL_BYTES, Payload
-from mesh.errors import EXIT_PORT, EXIT_USAGE, StartupError
+from mesh.curve import (
+    HANDSHAKE_FAILED,
+    check_address,
+    dial,
+    is_ipc,
+    is_loopback,
+    say_hello,
+    serve,
+    serve_hellos,
+)
+from mesh.errors import EXIT_PORT, EXIT_USAGE, KvmeshError, StartupError
+from mesh.keys import Keys
 
 Context = zmq.Context[zmq.Socket[bytes]]
 Socket = zmq.Socket[bytes]
@@ -32,8 +42,18 @@ FAILED_CONNECTS = 3
 BACKLOG = 1024
 COPY_BELOW = 1 << 16
 """Sending a frame without a copy costs more than copying it below this size."""
+HELLO_LIMIT = 128
+"""The longest frame on a bulk connection is the handshake's, with a link and its hello."""
+HELLO_QUEUE = 64
+WILDCARDS = ("tcp://*:", "tcp://0.0.0.0:", "tcp://[::]:")
 LOST = zmq.EVENT_DISCONNECTED
+DENIED = HANDSHAKE_FAILED
 RETRIED = zmq.EVENT_CONNECT_RETRIED
+_SEALED = re.compile(r"(tcp://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])):(\d{1,5})/(\d{1,5})")
+
+
+class DialRefused(KvmeshError):
+    """A holder that must not be dialled from here."""
 
 
 def _configure(socket: Socket, block_bytes: int) -> None:
@@ -46,50 +66,97 @@ def _configure(socket: Socket, block_bytes: int) -> None:
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
 
 
-def require_local(address: str) -> None:
-    """KV blocks are neither encrypted nor authenticated yet: ipc and loopback only. Raises `StartupError`."""
-    parts = urlsplit(address)
-    if parts.scheme == "ipc" and address != "ipc://":
-        return
-    if parts.scheme != "tcp":
-        raise StartupError(f"{address!r} is neither ipc://PATH nor tcp://HOST:PORT", EXIT_USAGE)
-    host = parts.hostname or ""
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback:
-        raise StartupError(
-            f"{address}: KV blocks would leave this machine unencrypted; bind ipc://PATH or 127.0.0.1",
-            EXIT_USAGE,
-        )
-
-
-def open_router(context: Context, address: str, block_bytes: int) -> tuple[Socket, str]:
+def open_router(context: Context, address: str, block_bytes: int, keys: Keys | None) -> tuple[Socket, str]:
     """A bound socket for fetchers and the address it really has. Raises `StartupError`."""
-    require_local(address)
+    check_address("--kv-bind", address, keys)
+    if address.startswith(WILDCARDS):
+        raise StartupError(f"--kv-bind {address}: other workers cannot dial a wildcard; give one address", EXIT_USAGE)
     socket: Socket = context.socket(zmq.ROUTER)
     _configure(socket, block_bytes)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a fetcher that is gone must say so
     socket.setsockopt(zmq.BACKLOG, BACKLOG)
+    if keys is not None and not is_ipc(address):
+        serve(socket, keys)
+    bound = _bind(socket, address)
+    if is_ipc(bound):
+        os.chmod(bound.removeprefix("ipc://"), 0o600)
+    return socket, bound
+
+
+def open_bulk_router(context: Context, given: str, control: str) -> tuple[Socket, str]:
+    """Beside an encrypted `open_router`: takes hellos, sends what is sealed. Returns the address that names both.
+
+    ZeroMQ bounds a frame and a queue of messages, but not the frames of a message. So nobody may send one who has not
+    proved the fleet's key in the handshake.
+
+    On the port after `given`'s, if that has one. Raises `StartupError`.
+    """
+    host, port = control.rsplit(":", 1)
+    chosen = given.rsplit(":", 1)[1] in ("0", "*")
+    socket: Socket = context.socket(zmq.ROUTER)
+    _configure(socket, 0)
+    socket.maxmsgsize = HELLO_LIMIT
+    socket.rcvhwm = HELLO_QUEUE
+    serve_hellos(socket)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.BACKLOG, BACKLOG)
+    bound = _bind(socket, f"{host}:{'*' if chosen else int(port) + 1}")
+    return socket, f"{control}/{bound.rsplit(':', 1)[1]}"
+
+
+def _bind(socket: Socket, address: str) -> str:
     try:
         socket.bind(address.replace("localhost", "127.0.0.1") if address.startswith("tcp:") else address)
     except zmq.ZMQError as error:
         socket.close()
         code = EXIT_PORT if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES) else EXIT_USAGE
         raise StartupError(f"cannot listen for KV fetches on {address}: {error.strerror}", code) from None
-    bound = socket.getsockopt_string(zmq.LAST_ENDPOINT)
-    if bound.startswith("ipc://"):
-        os.chmod(bound.removeprefix("ipc://"), 0o600)
-    return socket, bound
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
 
-def open_dealer(context: Context, address: str, block_bytes: int) -> Socket:
-    """A connection to one holder. Raises `zmq.ZMQError` for an address that is none."""
+def addresses(kv_address: str, keys: Keys | None) -> tuple[str, str]:
+    """Where a holder hears fetches, and where it sends what is sealed (empty: on the same connection).
+
+    Raises `DialRefused`: nothing is asked in plain text over a network, nor of a holder that this worker, which has
+    keys, would have to trust without.
+    """
+    sealed = _SEALED.fullmatch(kv_address)
+    if sealed is not None:
+        if keys is None:
+            raise DialRefused(f"{kv_address}: its blocks are encrypted and this worker has no --keys")
+        return f"{sealed[1]}:{sealed[2]}", f"{sealed[1]}:{sealed[3]}"
+    if is_ipc(kv_address):
+        return kv_address, ""
+    if keys is not None:
+        raise DialRefused(f"{kv_address}: this worker has --keys and that one does not encrypt")
+    if not is_loopback(kv_address):
+        raise DialRefused(f"{kv_address}: not loopback, so KV blocks would leave this machine unencrypted")
+    return kv_address, ""
+
+
+def open_dealer(
+    context: Context,
+    address: str,
+    block_bytes: int,
+    *,
+    keys: Keys | None = None,
+    link: bytes = b"",
+    hello: bytes = b"",
+) -> Socket:
+    """A connection to one holder: over CURVE with `keys`, to its bulk port with `hello`.
+
+    Raises `zmq.ZMQError` for an address that is none.
+    """
     socket: Socket = context.socket(zmq.DEALER)
     _configure(socket, block_bytes)
     socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+    if link:
+        socket.setsockopt(zmq.ROUTING_ID, link)
+    if keys is not None:
+        dial(socket, keys, keys.worker)
+    if hello:
+        say_hello(socket, link, hello)
     try:
         socket.connect(address)
     except zmq.ZMQError:

@@ -25,6 +25,8 @@ COMMANDS = {
     "serve": Command("mesh.serve:main", "run one process of a mesh: proxy, prefill, decode or both"),
     "chat": Command("mesh.terminal:chat", "talk to a running mesh"),
     "complete": Command("mesh.terminal:complete", "continue a text"),
+    "keys": Command("mesh.keys:main", "make the keys of a fleet that spans several hosts"),
+    "doctor": Command("kvtransfer.doctor:main", "look at this host, measure its links, say which of them workers use"),
     "version": Command("mesh.cli:version", "print the version"),
 }
 

@@ -79,11 +79,11 @@ def parse(
     """The command line: how many, and the settings that all workers or the proxy share."""
     groups = (
         options.Group(UpSettings, "what to start"),
-        options.Group(ProxySettings, "proxy", hidden=("model", "control", "store")),
+        options.Group(ProxySettings, "proxy", hidden=("model", "control", "keys", "store")),
         options.Group(
             WorkerSettings,
             "every worker",
-            hidden=("model", "role", "worker_id", "proxy", "kv_bind", "store", "metrics_bind"),
+            hidden=("model", "role", "worker_id", "proxy", "kv_bind", "keys", "store", "metrics_bind"),
         ),
     )
     up, proxy, worker = options.parse_groups(

@@ -127,6 +127,8 @@ class TokenDelta:
 @dataclass(frozen=True, slots=True)
 class Register:
     worker: WorkerInfo
+    forgotten: int = 0
+    """How often the worker has let go of what this proxy had given it, because the proxy was silent."""
 
 
 @message(2)
@@ -178,7 +180,10 @@ class Prefill:
     hash_root: bytes
     deadline_s: float
     """Relative, from receipt."""
-    decode: Peer
+    history: Peer | None
+    """A worker that has more of the prompt's beginning, of the turns before, so that fetching it beats computing it."""
+    history_tokens: int
+    """How much it is thought to have."""
 
 
 @message(7)

@@ -25,6 +25,9 @@ class WorkerSettings:
     worker_id: str = _flag("name kept over restarts, e.g. prefill-0", "")
     proxy: tuple[str, ...] = _flag("control address of a proxy (repeatable)", ("tcp://127.0.0.1:7400",))
     kv_bind: str = _flag("where other workers fetch KV blocks: ipc://PATH or tcp://HOST:PORT", "tcp://127.0.0.1:0")
+    keys: str = _flag(
+        "directory of the fleet's keys (`kvmesh keys DIR`): every tcp socket between processes is encrypted", ""
+    )
     transport: str = _flag("KV transports in order of preference: shm, zmq", "shm,zmq")
     store: str = _flag("where residency lives: memory or redis://HOST:PORT/DB", "memory")
     device: str = _flag("cpu or cuda[:N]", "cpu")
@@ -59,6 +62,9 @@ class ProxySettings:
     host: str = _flag("address to listen on", "127.0.0.1")
     port: int = _flag("HTTP port", 8000, minimum=0, maximum=MAX_PORT)
     control: str = _flag("control address that workers dial: ipc://PATH or tcp://HOST:PORT", "tcp://127.0.0.1:7400")
+    keys: str = _flag(
+        "directory of the fleet's keys (`kvmesh keys DIR`): every tcp socket between processes is encrypted", ""
+    )
     store: str = _flag("where residency and stored responses live: memory or redis://HOST:PORT/DB", "memory")
     served_model_name: tuple[str, ...] = _flag(
         "name clients use; repeatable: the first is the model's, the others its aliases "
@@ -131,3 +137,13 @@ class CompleteSettings:
     max_tokens: int = _flag("longest continuation in tokens", 64, minimum=1)
     temperature: float = _flag("0 is greedy", 0.0, minimum=0.0)
     quiet: bool = _flag("print the continuation alone", False)
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorSettings:
+    """`kvmesh doctor`."""
+
+    store: str = _flag("a store to ask: redis://HOST:PORT/DB", "")
+    keys: str = _flag("directory of the fleet's keys, to look at them too", "")
+    mib: int = _flag("how much each link moves per round", 64, minimum=1, maximum=4096)
+    json: bool = _flag("print one JSON object", False)

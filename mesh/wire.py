@@ -17,10 +17,13 @@ import msgpack
 
 from mesh.errors import BadFrame
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAX_FRAME_BYTES = 64 << 20
 """A control frame: 16 M tokens as int32 is far above any context we serve."""
 MAX_ITEMS = 1 << 20
+SCANNED_BYTES = 512
+"""A longer frame is walked through once before anything is built from it: the parser makes room for each list as soon
+as its length is read, and a thousand nested lists that only claim their items would take a thousand times the frame."""
 MAX_STR_BYTES = 1 << 16
 
 TokenIds = Annotated[tuple[int, ...], "int32"]
@@ -70,6 +73,10 @@ def decode(frame: bytes | memoryview) -> Envelope:
     if len(frame) > MAX_FRAME_BYTES:
         raise BadFrame(f"a frame of {len(frame)} bytes is over the limit of {MAX_FRAME_BYTES}")
     try:
+        if len(frame) > SCANNED_BYTES:
+            scanner = msgpack.Unpacker(read_size=len(frame), max_buffer_size=MAX_FRAME_BYTES)
+            scanner.feed(frame)
+            scanner.skip()  # raises unless every item is there
         outer = msgpack.unpackb(
             frame,
             use_list=False,

@@ -2,7 +2,8 @@
 
 Life of a request here:
 
-    1. `Prefill` arrives        the engine computes it chunk by chunk (a request that leaves after one token)
+    1. `Prefill` arrives        with a history: another worker's blocks of it are fetched (FETCHING);
+                                the engine computes the rest chunk by chunk (a request that leaves after one token)
     2. the decode worker's `Fetch` may come before, during or after; completed blocks go out with the chunk that
        completes them
     3. the first token          straight to the proxy, and as a note on the stream to the decode worker
@@ -13,15 +14,29 @@ Life of a request here:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from engine.step import TokenOut
+from kvtransfer.endpoint import BlockArrived, FetchEnded, StreamReleased
 from kvtransfer.endpoint import Event as KvEvent
-from kvtransfer.endpoint import StreamReleased
-from mesh.messages import Abort, Decode, Prefill, PrefillReport
+from kvtransfer.protocol import Wanted
+from mesh.messages import Abort, Decode, Peer, Prefill, PrefillReport
 from worker.firsttoken import FirstToken
 from worker.links import ProxyLink
-from worker.role import Job, Parts, engine_request
+from worker.role import Job, Parts, engine_request, new_transfer_id
 from worker.steploop import Expected, Rejected, Stepped
+
+
+@dataclass(slots=True, eq=False)
+class PrefillJob(Job):
+    """A prompt that is computed here."""
+
+    history: Peer | None
+    history_tokens: int
+    transfer_id: bytes = b""
+    """Of the history, while it is fetched."""
+    transfer_s: float = 0.0
+    transfer_bytes: int = 0
 
 
 class PrefillRole:
@@ -29,21 +44,25 @@ class PrefillRole:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, PrefillJob] = {}
         """By request id, until the first token is out."""
-        self._streams: dict[str, Job] = {}
+        self._streams: dict[str, PrefillJob] = {}
         """By engine key, until the blocks are released."""
+        self._by_transfer: dict[bytes, PrefillJob] = {}
 
     @property
     def busy(self) -> bool:
         return bool(self._jobs or self._streams)
 
     def assign(self, link: ProxyLink, message: Prefill | Decode) -> None:
-        job = Job(message.request_id, message.attempt, link, self._parts.clock() + max(0.0, message.deadline_s))
-        known = self._jobs.get(message.request_id)
+        deadline = self._parts.clock() + max(0.0, message.deadline_s)
         if not isinstance(message, Prefill):
-            self._parts.refuse_role(job, message)
+            self._parts.refuse_role(Job(message.request_id, message.attempt, link, deadline), message)
             return
+        job = PrefillJob(
+            message.request_id, message.attempt, link, deadline, message.history, max(0, message.history_tokens)
+        )
+        known = self._jobs.get(message.request_id)
         if not self._parts.is_new(job, known, len(message.tokens)):
             return
         if known is not None:
@@ -51,7 +70,11 @@ class PrefillRole:
         self._jobs[job.request_id] = job
         self._streams[job.key] = job
         self._parts.kv.open_stream(job.key)
-        self._parts.loop.add(engine_request(message, self._parts.clock(), stop_after=1))
+        request = engine_request(message, self._parts.clock(), stop_after=1)
+        if job.history is not None:
+            self._parts.loop.expect(request)
+        else:
+            self._parts.loop.add(request)
 
     def abort(self, message: Abort) -> None:
         for job in [j for j in self._streams.values() if j.request_id == message.request_id]:
@@ -75,18 +98,18 @@ class PrefillRole:
                 self._parts.loop.want(key, frozenset())
                 self._parts.kv.release_stream(key)
 
-    def _first_token(self, job: Job, out: TokenOut) -> None:
+    def _first_token(self, job: PrefillJob, out: TokenOut) -> None:
         finish = None if out.finish == "handoff" else out.finish
         request = out.request
         waited = (request.first_scheduled or request.arrived) - request.arrived
         report = PrefillReport(
             cached_tokens=request.num_cached_tokens,
-            fetched_tokens=0,
-            computed_tokens=request.num_prompt_tokens - request.num_cached_tokens,
+            fetched_tokens=request.num_fetched_tokens,
+            computed_tokens=request.num_prompt_tokens - request.num_cached_tokens - request.num_fetched_tokens,
             queue_s=waited,
             compute_s=self._parts.clock() - request.arrived - waited,
-            transfer_s=0.0,
-            transfer_bytes=0,
+            transfer_s=job.transfer_s,
+            transfer_bytes=job.transfer_bytes,
             overlap_bytes=0,
         )
         self._parts.metrics.prompt(report)
@@ -95,7 +118,18 @@ class PrefillRole:
         self._jobs.pop(job.request_id, None)
 
     def expected(self, event: Expected) -> None:
-        """Nothing is fetched by this role yet."""
+        job = self._streams.get(event.key)
+        if job is None or job.history is None:
+            return
+        blocks = job.history_tokens // self._parts.kv.layout.block_tokens
+        wanted = [Wanted(m.index, m.hash, m.valid_tokens) for m in event.missing if m.index < blocks]
+        if not wanted:
+            self._parts.loop.ready(job.key, ())
+            return
+        job.transfer_id = new_transfer_id()
+        self._by_transfer[job.transfer_id] = job
+        left = job.deadline - self._parts.clock()
+        self._parts.kv.fetch(job.transfer_id, job.attempt, job.history, "", wanted, left)
 
     def rejected(self, event: Rejected) -> None:
         job = self._streams.get(event.key)
@@ -107,6 +141,24 @@ class PrefillRole:
         for event in events:
             if isinstance(event, StreamReleased):
                 self._released(event)
+            elif isinstance(event, BlockArrived):
+                self._block(event)
+            elif isinstance(event, FetchEnded):
+                self._fetched(event)
+
+    def _block(self, event: BlockArrived) -> None:
+        job = self._by_transfer.get(event.transfer_id)
+        if job is not None:
+            job.transfer_bytes += len(event.payload)
+            self._parts.loop.fill(job.key, event.index, event.payload)
+
+    def _fetched(self, event: FetchEnded) -> None:
+        """Whatever of the history did not come is computed."""
+        job = self._by_transfer.pop(event.transfer_id, None)
+        if job is not None:
+            job.transfer_s = event.seconds
+            self._parts.metrics.fetched(event, 0)
+            self._parts.loop.ready(job.key, ())
 
     def _released(self, event: StreamReleased) -> None:
         """Nobody fetches from the stream any more. Before the first token is out, that also ends the work: the decode
@@ -136,7 +188,9 @@ class PrefillRole:
                 self._parts.refuse(job, "draining", "this worker is leaving", retryable=True)
             self._end(job)
 
-    def _end(self, job: Job) -> None:
+    def _end(self, job: PrefillJob) -> None:
+        if self._by_transfer.pop(job.transfer_id, None) is not None:
+            self._parts.kv.abort_fetch(job.transfer_id)
         if self._jobs.get(job.request_id) is job:
             del self._jobs[job.request_id]
         self._streams.pop(job.key, None)

@@ -27,6 +27,8 @@ import uvloop
 
 from mesh import environment, host, logs, options, startup
 from mesh.errors import EXIT_PORT, EXIT_USAGE, StartupError
+from mesh.keys import PROXY, Keys
+from mesh.keys import load as load_keys
 from mesh.modeldir import model_names
 from mesh.progress import report
 from mesh.settings import ProxySettings
@@ -81,12 +83,13 @@ def body() -> int:
     environment.check()
     if not settings.model:
         raise StartupError("a model directory is needed: its tokenizer and chat template", EXIT_USAGE)
+    keys = load_keys(settings.keys, PROXY)
     tokenizer = Tokenizer.load(settings.model)
     check_store(settings.store)
     listener = listen(settings.host, settings.port)
     collect_garbage_rarely()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(settings, tokenizer, listener))
+        runner.run(serve(settings, tokenizer, listener, keys))
     return 0
 
 
@@ -121,7 +124,7 @@ def _cannot_listen(address: str, port: int, error: OSError) -> StartupError:
     return StartupError(f"cannot listen on {address}:{port}: {reason}", EXIT_PORT)
 
 
-async def serve(settings: ProxySettings, tokenizer: Tokenizer, listener: socket.socket) -> None:
+async def serve(settings: ProxySettings, tokenizer: Tokenizer, listener: socket.socket, keys: Keys | None) -> None:
     """Serves until a signal has ended it. Raises `StartupError`."""
     loop = asyncio.get_running_loop()
     index = LocalResidency()
@@ -135,7 +138,7 @@ async def serve(settings: ProxySettings, tokenizer: Tokenizer, listener: socket.
         max_requests=settings.max_concurrent_requests,
         disaggregate_above=settings.disaggregate_above,
     )
-    control = ControlSocket(f"proxy-{secrets.token_hex(8)}", time.time_ns(), host.identity(), fleet)
+    control = ControlSocket(f"proxy-{secrets.token_hex(8)}", time.time_ns(), host.identity(), fleet, keys)
     try:
         control.bind(settings.control)
         fleet.connect(control, dispatcher)
@@ -150,7 +153,7 @@ async def serve(settings: ProxySettings, tokenizer: Tokenizer, listener: socket.
 
 
 def collector(fleet: Fleet, dispatcher: MeshDispatcher, control: ControlSocket) -> FleetCollector:
-    return FleetCollector(fleet, dispatcher, lambda: control.bad_frames)
+    return FleetCollector(fleet, dispatcher, lambda: control.bad_frames, lambda: control.refused_keys)
 
 
 def open_follower(store: str, loop: asyncio.AbstractEventLoop, fleet: Fleet) -> RedisFollower | None:

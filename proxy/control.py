@@ -19,7 +19,9 @@ from typing import Any, Protocol
 import zmq
 
 from mesh import wire
-from mesh.errors import EXIT_PORT, EXIT_USAGE, BadFrame, StartupError
+from mesh.curve import Authenticator, check_address, is_ipc, serve
+from mesh.errors import EXIT_PORT, BadFrame, StartupError
+from mesh.keys import Keys
 from mesh.messages import ProxyBeat, Register, Welcome, WorkerInfo
 from proxy.routing.place import Place
 
@@ -34,7 +36,6 @@ QUEUED_PER_WORKER = 100_000
 """Messages for a worker that reads slowly; one that is this far behind is not reading at all."""
 PEER_LIMIT = 8192
 """Connections remembered; workers that reconnect under new names push out the oldest."""
-LOOPBACK = re.compile(r"tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):(\d+|\*)")
 
 Socket = zmq.Socket[bytes]
 
@@ -43,8 +44,8 @@ class ControlHandler(Protocol):
     """Who acts on what workers say. Called from the event loop."""
 
     def registered(self, info: WorkerInfo, *, moved: bool) -> bool:
-        """A worker introduces itself. `moved`: this incarnation was known on another connection. False: it is not
-        taken."""
+        """A worker introduces itself. `moved`: this incarnation was known on another connection, or has forgotten
+        since what it was given. False: it is not taken."""
 
     def heard(self, worker: Place, message: Any) -> None:
         """Any other message of a registered worker."""
@@ -56,12 +57,24 @@ class ControlHandler(Protocol):
 class ControlSocket:
     """See the module. `bind` first, then `start` inside the event loop."""
 
-    def __init__(self, proxy_id: str, incarnation: int, host: str, handler: ControlHandler) -> None:
+    def __init__(
+        self,
+        proxy_id: str,
+        incarnation: int,
+        host: str,
+        handler: ControlHandler,
+        keys: Keys | None = None,
+        context: zmq.Context[Socket] | None = None,
+    ) -> None:
+        """With `keys`, workers that dial by `tcp` must have the fleet's worker key. `context`: opens the socket, and
+        ends with it; a simulation's sockets are in memory."""
         self._proxy_id = proxy_id
         self._incarnation = incarnation
         self._host = host
         self._handler = handler
-        self._context: zmq.Context[Socket] = zmq.Context(1)
+        self._keys = keys
+        self._context: zmq.Context[Socket] = context or zmq.Context(1)
+        self._authenticator = Authenticator(self._context, frozenset({keys.worker})) if keys is not None else None
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -71,6 +84,8 @@ class ControlSocket:
         self._socket.setsockopt(zmq.RCVHWM, QUEUED_PER_WORKER)
         self._places: dict[bytes, Place] = {}
         self._names: dict[Place, bytes] = {}
+        self._forgotten: dict[Place, int] = {}
+        """What each worker's last `Register` said."""
         self._pids: dict[Place, int] = {}
         """Open process descriptors of this machine's workers."""
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
@@ -84,12 +99,9 @@ class ControlSocket:
     def bind(self, address: str) -> None:
         """Raises `StartupError`. A `tcp` port of 0 or `*` is chosen; `self.address` is what workers dial."""
         try:
-            if not (address.startswith("ipc://") and len(address) > 6) and not LOOPBACK.fullmatch(address):
-                raise StartupError(
-                    f"--control {address}: only ipc://PATH and a loopback tcp://127.0.0.1:PORT are accepted, because "
-                    "the control connection is not encrypted",
-                    EXIT_USAGE,
-                )
+            check_address("--control", address, self._keys)
+            if self._keys is not None and not is_ipc(address):
+                serve(self._socket, self._keys)
             self._socket.bind(re.sub(r":0$", ":*", address))
         except zmq.ZMQError as error:
             self.close()
@@ -104,6 +116,11 @@ class ControlSocket:
         self._loop.add_reader(self._descriptor, self._drain)
         self._beat()
 
+    @property
+    def refused_keys(self) -> int:
+        """Connections that were refused for their key."""
+        return self._authenticator.refused if self._authenticator is not None else 0
+
     def close(self) -> None:
         if self._loop is not None:
             self._loop.remove_reader(self._descriptor)
@@ -112,6 +129,8 @@ class ControlSocket:
         for place in list(self._pids):
             self._unwatch(place)
         self._socket.close()
+        if self._authenticator is not None:
+            self._authenticator.close()
         self._context.term()
 
     def send(self, worker: Place, message: Any) -> bool:
@@ -122,6 +141,7 @@ class ControlSocket:
     def forget(self, worker: Place) -> None:
         """The incarnation is over; its connection means nothing any more."""
         self._unwatch(worker)
+        self._forgotten.pop(worker, None)
         name = self._names.pop(worker, None)
         if name is not None:
             self._places.pop(name, None)
@@ -172,7 +192,7 @@ class ControlSocket:
     def _dispatch(self, name: bytes, envelope: wire.Envelope) -> None:
         message = envelope.message
         if isinstance(message, Register):
-            self._register(name, envelope.sender, message.worker)
+            self._register(name, envelope.sender, message)
             return
         place = self._places.get(name)
         if place is None:
@@ -181,12 +201,14 @@ class ControlSocket:
             raise BadFrame(f"incarnation {envelope.sender} on the connection of {place}")
         self._handler.heard(place, message)
 
-    def _register(self, name: bytes, sender: int, info: WorkerInfo) -> None:
+    def _register(self, name: bytes, sender: int, message: Register) -> None:
+        info = message.worker
         place = Place(info.worker_id, info.incarnation)
         if sender != info.incarnation:
             raise BadFrame(f"{info.worker_id} introduces incarnation {info.incarnation} as {sender}")
         before = self._names.get(place)
-        if not self._handler.registered(info, moved=before is not None and before != name):
+        known = (before, self._forgotten.get(place))
+        if not self._handler.registered(info, moved=before is not None and known != (name, message.forgotten)):
             return
         if before is not None:
             self._places.pop(before, None)
@@ -195,13 +217,16 @@ class ControlSocket:
             self._names.pop(owner, None)
         self._places[name] = place
         self._names[place] = name
+        self._forgotten[place] = message.forgotten
         self._bound()
         self._watch(place, info)
         self._send(name, info.incarnation, Welcome(self._proxy_id, LEASE_S))
 
     def _bound(self) -> None:
         while len(self._places) > PEER_LIMIT:
-            self._names.pop(self._places.pop(next(iter(self._places))), None)
+            place = self._places.pop(next(iter(self._places)))
+            self._names.pop(place, None)
+            self._forgotten.pop(place, None)
 
     def _watch(self, place: Place, info: WorkerInfo) -> None:
         """Has the kernel tell us when the worker's process ends."""

@@ -272,7 +272,7 @@ class MeshDispatcher:
             self.retries[need.retry] = self.retries.get(need.retry, 0) + 1
             log.info("request %s goes to %s: %s", choice.wire_id, plan.decode.worker_id, need.retry)
         self._placement.commit(choice.wire_id, plan, now)
-        choice.recompute_limit = plan.recompute_limit
+        choice.recompute_limit, choice.history = plan.recompute_limit, plan.history
         return Routed(plan.decode, plan.source, plan.source_prefills)
 
     def _names(self, choice: Choice) -> list[int]:
@@ -300,8 +300,10 @@ class MeshDispatcher:
         choice.decode = assign.decode
         choice.prefill = assign.source.worker_id if assign.source is not None and assign.source_prefills else None
         if assign.source is not None and assign.source_prefills:
-            sent = self._fleet.send(assign.source, Prefill(*common, root, left, decode))
-            if not sent:
+            history = choice.history
+            holder = None if history is None else self._fleet.peer(history.holder)
+            tokens = 0 if history is None else history.tokens
+            if not self._fleet.send(assign.source, Prefill(*common, root, left, holder, tokens)):
                 return self._unreachable(assign.source)
         message = Decode(*common, root, left, source, assign.source_prefills, choice.recompute_limit)
         if not self._fleet.send(assign.decode, message):

@@ -15,10 +15,17 @@ CAUSES = ("lost", "refused", "gap", "diverged")
 
 
 class FleetCollector(Collector):
-    def __init__(self, fleet: Fleet, dispatcher: MeshDispatcher, bad_frames: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        dispatcher: MeshDispatcher,
+        bad_frames: Callable[[], int],
+        refused_keys: Callable[[], int],
+    ) -> None:
         self._fleet = fleet
         self._dispatcher = dispatcher
         self._bad_frames = bad_frames
+        self._refused_keys = refused_keys
 
     def collect(self) -> Iterator[Metric]:
         workers = GaugeMetricFamily("kvmesh_workers", "Registered workers.", labels=["role", "state"])
@@ -39,3 +46,6 @@ class FleetCollector(Collector):
         yield GaugeMetricFamily("kvmesh_residency_names", "Blocks in the local index.", len(self._fleet.index))
         yield CounterMetricFamily("kvmesh_residency_gaps", "Missed residency events.", self._fleet.gaps)
         yield CounterMetricFamily("kvmesh_control_bad_frames", "Control frames dropped.", self._bad_frames())
+        yield CounterMetricFamily(
+            "kvmesh_control_refused_keys", "Control connections refused for their key.", self._refused_keys()
+        )

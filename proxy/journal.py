@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CHUNK = 256
+CHUNK = 64
 
 
 @dataclass(slots=True)

@@ -137,6 +137,10 @@ def begin(max_tokens: int, deadline: float, now: float) -> Step:
 
 def step(state: ChoiceState, event: Event, now: float) -> Step:
     """The choice after `event`, and what to do about it. Events that no longer matter change nothing."""
+    if type(event) is Deltas and state.phase is Phase.STREAMING:
+        due = _due(state, *event)
+        if due is not None:
+            return due
     if state.ended:
         return state, ()
     match event:
@@ -203,6 +207,23 @@ def _tick(state: ChoiceState, now: float) -> Step:
     return state, ()
 
 
+def _due(state: ChoiceState, worker: Place, delta: TokenDelta) -> Step | None:
+    """The next token, with nothing else to be done; None where there may be. What comes out is what the long way gives:
+    nearly every token of a stream goes here, and everything in it counts."""
+    attempt, journal = state.attempt, state.journal
+    if attempt is None or delta.attempt != attempt.number or not attempt.decode_spoke:
+        return None
+    if worker is not attempt.decode and worker != attempt.decode:
+        return None
+    index, tokens = len(journal), delta.tokens
+    if delta.index != index or not tokens or index + len(tokens) >= state.max_tokens:
+        return None
+    if delta.finish is not None or delta.report is not None or state.aside:
+        return None
+    emit = Emit(index, tokens, delta.logprobs, None, delta.prompt_logprobs if index == 0 else ())
+    return _with(state, journal.extend(tokens)), (emit,)
+
+
 def _deltas(state: ChoiceState, worker: Place, delta: TokenDelta, now: float) -> Step:
     attempt = state.attempt
     if attempt is None or delta.attempt != attempt.number or delta.index < 0:
@@ -233,10 +254,6 @@ def _set_aside(state: ChoiceState, delta: TokenDelta, now: float) -> Step:
 
 def _advance(state: ChoiceState, worker: Place, delta: TokenDelta, now: float) -> Step:
     """Emits what `delta` and then the deltas kept aside add to the journal."""
-    if not state.aside and delta.index == len(state.journal):  # nearly always
-        next_in_order = _emit(state.journal, delta, state.max_tokens)
-        if next_in_order is not None and next_in_order.finish is None:
-            return _with(state, state.journal.extend(next_in_order.tokens)), (next_in_order,)
     effects: list[Effect] = []
     waiting: Sequence[TokenDelta] = (delta, *state.aside)
     journal = state.journal

@@ -18,7 +18,9 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from mesh import wire
+from mesh.curve import HANDSHAKE_FAILED, check_address, dial, is_ipc
 from mesh.errors import BadFrame
+from mesh.keys import Keys
 from mesh.messages import ProxyBeat, Register, Welcome, WorkerInfo
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ RECONNECT_MS = 50
 RECONNECT_MAX_MS = 1000
 SEND_QUEUE = 10_000
 """Messages libzmq holds for a proxy that reads slowly; the link's own outbox takes over above it."""
+WATCHED = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | HANDSHAKE_FAILED
 OUTBOX_LIMIT = 100_000
 """Messages kept for a stalled proxy before the link counts as lost; each is one step's tokens."""
 
@@ -36,10 +39,19 @@ OUTBOX_LIMIT = 100_000
 class ProxyLink:
     """One proxy as this worker sees it; used by the I/O thread only."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, info: WorkerInfo) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        info: WorkerInfo,
+        keys: Keys | None = None,
+    ) -> None:
+        """Raises `StartupError` for an address that would leave this machine without `keys`."""
+        check_address("--proxy", address, keys)
         self.address = address
         self.proxy_id = ""
         self._info = info
+        self._forgotten = 0
         self._lease_s = 0.0
         self._heard = 0.0
         self._next_register = 0.0
@@ -51,7 +63,9 @@ class ProxyLink:
         self.socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
         self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        if keys is not None and not is_ipc(address):
+            dial(self.socket, keys, keys.proxy)
+        self.monitor = self.socket.get_monitor_socket(WATCHED)
         self.socket.connect(address)
 
     @property
@@ -109,6 +123,8 @@ class ProxyLink:
             event = recv_monitor_message(self.monitor)
             if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._register(now)
+            elif event["event"] & HANDSHAKE_FAILED:
+                log.warning("proxy %s and this worker do not know each other's keys", self.address)
 
     def tick(self, now: float) -> bool:
         """Repeats `Register` while unknown. True: the proxy's lease just lapsed and the link is lost."""
@@ -120,12 +136,13 @@ class ProxyLink:
             return False
         log.warning("proxy %s is silent; freeing what it asked for", self.address)
         self.proxy_id = ""
+        self._forgotten += 1
         self._outbox.clear()
         return True
 
     def _register(self, now: float) -> None:
         self._next_register = now + REGISTER_EVERY_S
         try:
-            self.socket.send(wire.encode(Register(self._info), self._info.incarnation), zmq.NOBLOCK)
+            self.socket.send(wire.encode(Register(self._info, self._forgotten), self._info.incarnation), zmq.NOBLOCK)
         except zmq.Again:
             return

@@ -22,7 +22,10 @@ from engine.runner import ModelRunner
 from engine.sim_engine import SimRunner
 from kvtransfer.endpoint import KvEndpoint
 from mesh import environment, host, logs, options, startup
+from mesh.curve import check_address
 from mesh.errors import EXIT_WORKER, StartupError
+from mesh.keys import WORKER
+from mesh.keys import load as load_keys
 from mesh.messages import BlockEvents, WorkerInfo
 from mesh.metrics import MetricsServer
 from mesh.modeldir import model_names
@@ -76,6 +79,10 @@ def read_settings(role: str) -> WorkerSettings:
 def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
     """Runs one worker until it is drained; returns its exit code. Raises `StartupError`."""
     began = time.monotonic()
+    keys = load_keys(settings.keys, WORKER)
+    for address in settings.proxy:
+        check_address("--proxy", address, keys)
+    check_address("--kv-bind", settings.kv_bind, keys)
     set_threads(settings.threads)
     threading.stack_size(STACK_BYTES)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -97,6 +104,7 @@ def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
         layout=runner.layout,
         transports=tuple(t.strip() for t in settings.transport.split(",") if t.strip()),
         clock=time.monotonic,
+        keys=keys,
     )
     info = WorkerInfo(
         worker_id=settings.worker_id,
@@ -124,7 +132,7 @@ def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
 
     publisher = open_publisher(settings.store, info, publish_directly)
     process = WorkerProcess(
-        Station(info, engine, kv, publisher, metrics, grammars, settings.proxy, settings.drain_timeout),
+        Station(info, engine, kv, publisher, metrics, grammars, settings.proxy, settings.drain_timeout, keys),
         context,
         make_role,
     )

@@ -19,6 +19,7 @@ BLOCK_STATES = ("free", "cached", "held")
 OPEN = ("fetching", "serving", "streams")
 SOURCES = ("local_compute", "local_cache_hit", "external_kv_transfer")
 TRANSPORTS = ("local", "shm", "zmq")
+UNSEALED = ("forged", "replayed", "session", "truncated", "hello", "unknown_key", "client_key")
 OUTCOMES = ("ok", "timeout", "peer_lost", "refused", "aborted")
 REFUSALS = ("blocks_missing", "deadline", "draining", "no_memory", "stale_incarnation", "too_long", "wrong_role")
 
@@ -63,6 +64,9 @@ class WorkerMetrics:
         self._transfers = self._counters("kvmesh_kv_transfers", "Fetches by how they ended.", "outcome", OUTCOMES)
         self._corrupt = self._counter("kvmesh_kv_corrupt", "Blocks whose digest did not match; each was dropped.")
         self._dropped = self._counter("kvmesh_kv_dropped", "Frames and blocks that were not accepted: stale, unknown.")
+        self._unsealed = self._counters(
+            "kvmesh_kv_unsealed", "Messages and connections that encryption refused.", "reason", UNSEALED
+        )
         self._recomputed = self._counter(
             "kvmesh_recomputed_tokens", "Tokens computed here because blocks did not arrive."
         )
@@ -107,6 +111,9 @@ class WorkerMetrics:
         self._sent.inc(sum(now.bytes_out.values()) - (sum(before.bytes_out.values()) if before else 0))
         self._corrupt.inc(now.corrupt - (before.corrupt if before else 0))
         self._dropped.inc(sum(now.dropped.values()) - (sum(before.dropped.values()) if before else 0))
+
+        for reason, counter in self._unsealed.items():
+            counter.inc(now.dropped.get(reason, 0) - (before.dropped.get(reason, 0) if before else 0))
 
     def prompt(self, report: PrefillReport) -> None:
         """Where a request's prompt came from."""

@@ -26,6 +26,7 @@ from engine.engine import Engine
 from kvtransfer.endpoint import Event as KvEvent
 from kvtransfer.endpoint import KvEndpoint, NeedBlocks, WantedChanged
 from mesh.errors import EXIT_WORKER
+from mesh.keys import Keys
 from mesh.messages import (
     Abort,
     Beat,
@@ -78,6 +79,7 @@ class Station:
     grammars: Grammars
     proxies: tuple[str, ...]
     drain_timeout: float
+    keys: Keys | None = None
 
 
 class WorkerProcess:
@@ -95,7 +97,7 @@ class WorkerProcess:
         self._events: queue.SimpleQueue[LoopEvent] = queue.SimpleQueue()
         self._wake = Wakeup()
         self._loop = StepLoop(station.engine, self._emit, station.grammars, clock)
-        self._links = [ProxyLink(context, address, station.info) for address in station.proxies]
+        self._links = [ProxyLink(context, address, station.info, station.keys) for address in station.proxies]
         self._replies = Replies()
         self._role = make_role(
             Parts(

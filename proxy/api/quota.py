@@ -68,11 +68,13 @@ class Quota:
         most = self._limits.concurrent_requests
         if most is not None and self._running >= most:
             raise _exceeded(f"{most} requests at once", BUSY_WAIT_S)
-        asked = [(bucket, amount) for bucket, amount in ((self._requests, 1), (self._tokens, prompt_tokens)) if bucket]
-        bucket, wait = max(((b, b.wait(amount, now)) for b, amount in asked), key=_second, default=(None, 0.0))
-        if bucket is not None and wait > 0:
-            raise _exceeded(f"{bucket.per_minute} {bucket.name} per minute", wait)
-        for bucket, amount in asked:
+        asked = {bucket: amount for bucket, amount in ((self._requests, 1), (self._tokens, prompt_tokens)) if bucket}
+        waits = {bucket: bucket.wait(amount, now) for bucket, amount in asked.items()}
+        longest = max(waits.values(), default=0.0)
+        for bucket, wait in waits.items():
+            if wait == longest > 0:
+                raise _exceeded(f"{bucket.per_minute} {bucket.name} per minute", wait)
+        for bucket, amount in asked.items():
             bucket.take(amount, now)
         self._running += 1
 
@@ -92,10 +94,6 @@ class Quota:
 
 def _bucket(name: str, per_minute: int | None, now: float) -> Bucket | None:
     return None if per_minute is None else Bucket(name, per_minute, now)
-
-
-def _second(pair: tuple[Bucket, float]) -> float:
-    return pair[1]
 
 
 def _exceeded(limit: str, wait: float) -> RequestError:

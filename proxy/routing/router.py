@@ -4,7 +4,7 @@ Every decode worker is an option, in one of two ways, and the option with the le
 
     here      cost = wait + g x (LAMBDA + live)             the prompt's remainder is computed where it is
     decoded remote    cost = wait + wait_P + LAMBDA x g_P + moved   a prefill worker computes it, the blocks
-    travel
+    travel; what another worker has of the prompt's beginning travels to the prefill worker first
 
 `g` is the time to compute the uncached tokens, `live` the requests on the worker that this delays: own wait
 plus the delay of others, "join with minimum marginal delay". LAMBDA weighs the time against queues: with it,
@@ -84,6 +84,14 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class History:
+    """The beginning of a prompt, of the turns before, where another worker has it."""
+
+    holder: Place
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Where a request goes."""
 
@@ -96,6 +104,8 @@ class Plan:
     computed_tokens: int
     """By the worker that computes the prompt's remainder."""
     cost_s: float
+    history: History | None = None
+    """What the prefill worker first fetches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +128,29 @@ class _Ask:
         """The last token is always computed: its logits are wanted."""
         return max(1, self.tokens - worker.cached_tokens)
 
+    def fetch(self, tokens: int) -> float:
+        """Seconds until so many tokens' blocks have come from another worker."""
+        return HANDOFF_S + tokens * self.policy.transfer_s_per_token
+
+    def pays(self, gain: int, worker: Candidate) -> bool:
+        """Fetching so many tokens' blocks beats computing them at `worker`."""
+        return gain >= max(1, self.policy.fetch_above) and self.fetch(gain) < self.seconds(gain, worker)
+
     def moved(self, decode: Candidate) -> float:
         """Seconds for the blocks that the decode worker lacks."""
         return max(0, self.tokens - decode.cached_tokens) * self.policy.transfer_s_per_token
+
+
+@dataclass(frozen=True, slots=True)
+class _Feed:
+    """A prefill worker as it would serve one decode worker."""
+
+    worker: Candidate
+    history: History | None
+    work: int
+    """Tokens that it computes."""
+    fetch_s: float
+    """Before it computes."""
 
 
 def route(tokens: int, workers: Sequence[Candidate], policy: Policy, *, here_only: bool = False) -> Plan | None:
@@ -160,10 +190,11 @@ def _plan(ask: _Ask, decode: Candidate, feeder: Candidate | None, here_only: boo
         base += FULL_S
     holder = None if here_only else _holder(ask, decode)
     remainder = uncached if holder is None else ask.uncached(holder)
-    if feeder is not None and not _stays(ask, decode, feeder, remainder):
-        work = ask.uncached(feeder)
-        cost = base + ask.wait(feeder) + LAMBDA * ask.seconds(work, feeder) + ask.moved(decode)
-        return Plan(decode.place, feeder.place, True, RECOMPUTE_TOKENS, uncached, work, cost)
+    feed = None if feeder is None else _feed(ask, decode, feeder)
+    if feed is not None and not _stays(ask, decode, feed, remainder):
+        worker = feed.worker
+        cost = base + ask.wait(worker) + LAMBDA * (feed.fetch_s + ask.seconds(feed.work, worker)) + ask.moved(decode)
+        return Plan(decode.place, worker.place, True, RECOMPUTE_TOKENS, uncached, feed.work, cost, feed.history)
     cost = base + ask.seconds(remainder, decode) * (LAMBDA + decode.live)
     if holder is None:
         return Plan(decode.place, None, False, ask.tokens, uncached, remainder, cost)
@@ -172,17 +203,22 @@ def _plan(ask: _Ask, decode: Candidate, feeder: Candidate | None, here_only: boo
     return Plan(decode.place, holder.place, False, limit, uncached, remainder, cost)
 
 
+def _feed(ask: _Ask, decode: Candidate, feeder: Candidate) -> _Feed:
+    """What another worker has of the turns before, best the decode worker, is fetched from it."""
+    best = max(ask.workers, key=lambda w: (w.cached_tokens, w is decode, -w.owed_tokens, w.place))
+    gain = best.cached_tokens - feeder.cached_tokens
+    if not ask.pays(gain, feeder):
+        return _Feed(feeder, None, ask.uncached(feeder), 0.0)
+    return _Feed(feeder, History(best.place, best.cached_tokens), ask.uncached(best), ask.fetch(gain))
+
+
 def _holder(ask: _Ask, decode: Candidate) -> Candidate | None:
     """Another worker that holds so much more of the prefix that fetching it beats computing it."""
     best = max(ask.workers, key=lambda w: (w.cached_tokens, -w.owed_tokens, w.place))
-    gain = best.cached_tokens - decode.cached_tokens
-    if best.place == decode.place or gain < max(1, ask.policy.fetch_above):
-        return None
-    fetched = HANDOFF_S + gain * ask.policy.transfer_s_per_token
-    return best if fetched < ask.seconds(gain, decode) else None
+    return best if ask.pays(best.cached_tokens - decode.cached_tokens, decode) else None
 
 
-def _stays(ask: _Ask, decode: Candidate, feeder: Candidate, remainder: int) -> bool:
+def _stays(ask: _Ask, decode: Candidate, feed: _Feed, remainder: int) -> bool:
     """Whether the remainder of a prompt is computed on the decode worker itself.
 
     By measured cost: computing it there takes `g` and stalls the worker's streams (at least the one that a
@@ -194,10 +230,11 @@ def _stays(ask: _Ask, decode: Candidate, feeder: Candidate, remainder: int) -> b
     cold = cold_threshold(decode)
     if remainder < min(cold, SHORT_TOKENS):
         return True
+    feeder = feed.worker
     if decode.tokens_per_s <= 0 or feeder.tokens_per_s <= 0:
         return remainder < cold
     if remainder >= cold and decode.room_tokens < (1 - BUSY_KV_SHARE) * decode.total_tokens:
         return False
     here = ask.wait(decode) + ask.seconds(remainder, decode) * (1 + max(1, decode.live))
-    there = ask.wait(feeder) + ask.seconds(ask.uncached(feeder), feeder) + HANDOFF_S + ask.moved(decode)
+    there = ask.wait(feeder) + feed.fetch_s + ask.seconds(feed.work, feeder) + HANDOFF_S + ask.moved(decode)
     return here <= there

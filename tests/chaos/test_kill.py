@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from mesh.keys import create
 from tests.byte_model import byte_model
 from tests.chaos.sim_service import FLAGS, expected
 from tests.e2e.processes import Deployment, deployment, wait_until
@@ -118,6 +119,30 @@ def test_a_stream_outlives_the_only_decode_worker_when_one_comes_back(tmp_path: 
         service.kill("decode-0")
         service.start_worker("decode", "decode-0")
         assert request.result() == expected(prompt, 100)
+        service.assert_quiet()
+
+
+def test_killing_both_workers_of_an_encrypted_transfer_changes_no_token(tmp_path: Path) -> None:
+    create(tmp_path / "keys")
+    flags = (*FLAGS, "--transport", "zmq")
+    with deployment(
+        tmp_path,
+        byte_model(),
+        prefill=2,
+        decode=2,
+        flags=flags,
+        proxy_flags=("--disaggregate-above", "32"),
+        keys=tmp_path / "keys",
+    ) as service:
+        prompt = [72 + i % 26 for i in range(56 * CHUNK)]
+        request = Request(service, prompt, 120)
+        victim = busy(service, "prefill")
+        wait_until(lambda: service.workers[victim].metric("kvmesh_kv_sent_bytes_total") > 0, "blocks on their way")
+        service.kill(victim)
+        assert not request.texts, "too late: the prefill was over"
+        wait_until(lambda: len(request.texts) > 10, "the stream runs", timeout=60)
+        service.kill(busy(service, "decode"))
+        assert request.result() == expected(prompt, 120)
         service.assert_quiet()
 
 

@@ -23,6 +23,7 @@ from tests.proxy.http_server import Server
 HERE = Path(__file__).parent
 TOLERANCE = 1e-3
 LIMIT_S = 600
+pytestmark = pytest.mark.timeout(LIMIT_S + 60)
 
 
 def command(client: str, program: str) -> str:

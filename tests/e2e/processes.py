@@ -95,6 +95,9 @@ class Deployment:
     port: int
     flags: tuple[str, ...] = ()
     store: str = "memory"
+    keys: Path | None = None
+    """With them, all sockets between the processes are tcp."""
+    control: str = ""
     proxy: subprocess.Popen[bytes] | None = None
     workers: dict[str, Worker] = field(default_factory=dict)
     _client: OpenAI | None = None
@@ -115,14 +118,16 @@ class Deployment:
         return self.model.name
 
     def start_proxy(self, *flags: str) -> None:
-        arguments = [str(self.model), "--port", str(self.port), "--control", self._ipc("control")]
+        self.control = self.control or (f"tcp://127.0.0.1:{free_port()}" if self.keys else self._ipc("control"))
+        arguments = [str(self.model), "--port", str(self.port), "--control", self.control, *self._keys()]
         self.proxy = self._spawn("proxy", [*arguments, "--store", self.store, *flags], "proxy")
 
     def start_worker(self, role: str, name: str, *flags: str) -> Worker:
         port = free_port()
         module = "prefill" if role == "prefill" else "decode"
         arguments = [str(self.model), "--role", role, "--worker-id", name]
-        arguments += ["--proxy", self._ipc("control"), "--kv-bind", self._ipc(f"{name}-{port}.kv")]
+        kv = "tcp://127.0.0.1:0" if self.keys else self._ipc(f"{name}-{port}.kv")
+        arguments += ["--proxy", self.control, "--kv-bind", kv, *self._keys()]
         arguments += ["--metrics-bind", f"127.0.0.1:{port}", "--store", self.store, "--threads", "1"]
         process = self._spawn(module, [*arguments, *self.flags, *flags], name)
         self.workers[name] = Worker(name, role, port, process)
@@ -173,6 +178,9 @@ class Deployment:
                 process.kill()
                 process.wait()
 
+    def _keys(self) -> list[str]:
+        return ["--keys", str(self.keys)] if self.keys else []
+
     def _ipc(self, name: str) -> str:
         return f"ipc://{self.directory}/{name}"
 
@@ -220,9 +228,10 @@ def deployment(
     flags: Sequence[str] = (),
     proxy_flags: Sequence[str] = (),
     store: str = "memory",
+    keys: Path | None = None,
 ) -> Iterator[Deployment]:
     """Proxy, `prefill` and `decode` workers named `prefill-0` …; stopped at the end."""
-    running = Deployment(directory, model, free_port(), tuple(flags), store)
+    running = Deployment(directory, model, free_port(), tuple(flags), store, keys)
     try:
         running.start_proxy(*proxy_flags)
         for role, count in (("prefill", prefill), ("decode", decode)):

@@ -86,8 +86,8 @@ def test_a_second_turn_finds_the_first_ones_blocks(service: Deployment) -> None:
     def cached() -> bool:
         again = answer(service, first, assistant(said(told)), question)
         assert said(again) == "The code for the lamp is 70815."
-        found, wanted = again.usage.prompt_tokens_details.cached_tokens, told.usage.prompt_tokens // BLOCK * BLOCK
-        return bool(found >= wanted)
+        full = told.usage.total_tokens // BLOCK * BLOCK  # of the answer too
+        return bool(again.usage.prompt_tokens_details.cached_tokens >= 0.95 * full)
 
     wait_until(cached, "the first turn's blocks are reused")
 

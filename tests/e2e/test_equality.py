@@ -44,11 +44,16 @@ def prompts() -> list[list[int]]:
 
 @cache
 def reference(directory: Path) -> list[tuple[list[int], list[float]]]:
-    """Greedy continuations of all prompts by transformers, in float32, with log-probabilities."""
+    """Greedy continuations of all prompts by transformers."""
+    return continued(directory, prompts())
+
+
+def continued(directory: Path, batch: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+    """Greedy continuations by transformers, in float32, with log-probabilities."""
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     answers = []
     with torch.inference_mode():
-        for prompt in prompts():
+        for prompt in batch:
             out = model.generate(
                 torch.tensor([prompt]),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -121,6 +126,26 @@ def test_two_prefill_and_two_decode_workers_say_what_transformers_says(
     family: str, models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     check(models(family), tmp_path, Shape(), prefill=2, decode=2)
+
+
+def test_a_prefill_worker_fetches_a_conversations_history_from_the_decode_worker(
+    models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The first turn's prefill worker is gone; the next one computes only what is new."""
+    shape, directory = Shape(), models("qwen3")
+    first = [token for prompt in prompts()[-7:] for token in prompt][:381]
+    with fleet(tmp_path, loader(directory, shape), shape, prefill=1, decode=1) as running:
+        ((told,),) = running.generate([first], GREEDY)
+        running.workers["prefill-0"].process.drain()
+        running.wait_for("prefill", 0)
+        running.start("prefill", "prefill-1")
+        running.wait_for("prefill", 1)
+        second = [*first, *told.tokens, *prompts()[-1][:90]]
+        assert_equal(running.generate([second], GREEDY), continued(directory, [second]))
+        came = sum(running.workers["prefill-1"].kv.stats().bytes_in.values())
+        blocks = (len(first) + len(told.tokens) - 1) // shape.block_tokens
+        assert came >= blocks * running.workers["prefill-1"].kv.layout.block_bytes
+        running.assert_quiet()
 
 
 TRANSPORTS = {

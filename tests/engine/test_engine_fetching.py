@@ -292,6 +292,26 @@ def test_a_request_moves_on_from_a_decoding_engine() -> None:
     assert b.num_fetched_tokens == 28
 
 
+def test_a_prefill_passes_on_the_blocks_that_it_fetched() -> None:
+    """Its first step reports them too, so that whoever fetches from it needs no other source."""
+    tokens = prompt(19)
+    source, e = prefilled(tokens[:12]), engine()
+    held = prefill("a", tokens)
+    for missing in e.expect(held)[: 12 // BLOCK]:
+        assert fill(source, e, "a", missing)
+    assert e.ready("a") == 19 - 12
+    outputs = steps(e)
+    assert [block.index for o in outputs for block in o.ready] == [0, 1, 2, 3, 4]
+    assert sum(o.num_scheduled_tokens for o in outputs) == 19 - 12
+    following = engine()
+    b = request("b", tokens, 8)
+    assert carry(e, following, b) == 5
+    following.ready("b", oracle(tokens, 1))
+    assert run(following)["b"] == oracle(tokens, 8)[1:]
+    e.release("a")
+    idle(e)
+
+
 def test_abort_is_legal_in_every_state_and_leaves_nothing() -> None:
     source, e = prefilled(prompt(14)), engine(budget=8)
     e.add(request("waiting", prompt(20, 1)))

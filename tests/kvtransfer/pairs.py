@@ -15,6 +15,7 @@ from kvtransfer.endpoint import BlockArrived, Event, FetchEnded, KvEndpoint, Nee
 from kvtransfer.sockets import Context
 from kvtransfer.transports.base import Transport
 from kvtransfer.transports.local import Exchange
+from mesh.keys import Keys
 from mesh.layout import KvLayout
 
 LAYOUT = KvLayout(layers=2, kv_heads=1, head_dim=8, block_tokens=4, dtype="float32")
@@ -154,6 +155,7 @@ def make_side(
     exchange: Exchange | None = None,
     layout: KvLayout = LAYOUT,
     wrap: Callable[[Transport], Transport] = unchanged,
+    keys: Keys | None = None,
 ) -> Side:
     endpoint = KvEndpoint(
         context=context,
@@ -166,6 +168,7 @@ def make_side(
         clock=clock,
         exchange=exchange,
         wrap=wrap,
+        keys=keys,
     )
     return Side(endpoint)
 
@@ -192,3 +195,19 @@ def connected(
         for side in (fetcher, holder):
             side.endpoint.close()
         context.term()
+
+
+@contextmanager
+def encrypted(folder: Path, fetcher_keys: Keys | None, holder_keys: Keys | None) -> Iterator[Pair]:
+    """A pair over tcp, each with its own keys and context."""
+    contexts: list[Context] = [zmq.Context(), zmq.Context()]
+    clock = Clock()
+    holder = make_side(contexts[0], folder, "zmq-tcp", clock, worker="p", incarnation=7, keys=holder_keys)
+    fetcher = make_side(contexts[1], folder, "zmq-tcp", clock, worker="d", incarnation=9, keys=fetcher_keys)
+    try:
+        yield Pair(fetcher, holder, clock)
+    finally:
+        for side in (fetcher, holder):
+            side.endpoint.close()
+        for context in contexts:
+            context.term()

@@ -18,6 +18,7 @@ from kvtransfer.messages import Blocks, Fetch, Offer, Place, Renew, SlotsReturne
 from kvtransfer.protocol import ANSWER_S, MAX_INDEX
 from kvtransfer.transports.base import Payload, Posted, Transport, TransportFault
 from mesh.errors import EXIT_PORT, EXIT_USAGE, StartupError
+from mesh.keys import Keys
 from mesh.layout import KvLayout
 from mesh.messages import Peer
 from tests.kvtransfer.pairs import (
@@ -229,11 +230,11 @@ def test_a_peer_that_is_not_there_is_lost_at_once(tmp_path: Path) -> None:
         assert pair.finish(T).outcome == "peer_lost"
 
 
-def test_an_address_that_is_none_is_a_lost_peer(tmp_path: Path) -> None:
+def test_an_address_that_is_none_is_not_dialled(tmp_path: Path) -> None:
     with connected(tmp_path) as pair:
         pair.fetcher.endpoint.fetch(T, 1, Peer("p", 7, "nonsense", "here"), "r#1", wanted([0]), 60)
         ended = pair.finish(T)
-        assert (ended.outcome, ended.missing) == ("peer_lost", (0,))
+        assert (ended.outcome, ended.missing) == ("refused", (0,))
 
 
 def test_a_holder_that_does_not_answer_times_out(tmp_path: Path) -> None:
@@ -352,7 +353,7 @@ def test_hostile_answers_are_counted_and_dropped(tmp_path: Path) -> None:
     context.term()
 
 
-def endpoint_at(bind: str, transports: tuple[str, ...] = ("zmq",)) -> KvEndpoint:
+def endpoint_at(bind: str, transports: tuple[str, ...] = ("zmq",), keys: Keys | None = None) -> KvEndpoint:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         return KvEndpoint(
@@ -364,6 +365,7 @@ def endpoint_at(bind: str, transports: tuple[str, ...] = ("zmq",)) -> KvEndpoint
             layout=LAYOUT,
             transports=transports,
             clock=Clock(),
+            keys=keys,
         )
     finally:
         context.destroy(linger=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from mesh.errors import StartupError
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "fastapi", "httpx", "zmq", "redis", "prometheus_client", "pydantic", "msgpack")
-MAX_HELP_S = 0.2
 
 
 def kvmesh(*argv: str) -> subprocess.CompletedProcess[str]:
@@ -38,22 +36,13 @@ def model(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_help_is_quick() -> None:
-    def seconds() -> float:
-        began = time.perf_counter()
-        kvmesh("--help")
-        return time.perf_counter() - began
-
-    assert min(seconds() for _ in range(5)) <= MAX_HELP_S
-
-
 def test_help_names_every_command() -> None:
     found = kvmesh("--help")
     assert found.returncode == 0
     assert all(f"  {name} " in found.stdout for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["up", "chat", "complete"])
+@pytest.mark.parametrize("command", ["--help", "up", "chat", "complete"])
 def test_no_command_imports_anything_heavy_to_start(command: str) -> None:
     code = (
         "import sys\nfrom mesh.cli import dispatch\n"
@@ -70,7 +59,7 @@ def test_no_command_imports_anything_heavy_to_start(command: str) -> None:
     assert found.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", ["up", "chat", "complete"])
+@pytest.mark.parametrize("command", ["up", "chat", "complete", "doctor"])
 def test_each_command_has_help(command: str) -> None:
     found = kvmesh(command, "--help")
     assert found.returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 import types
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -157,3 +158,19 @@ def test_half_a_token_is_refused() -> None:
     outer[4][2] = b"\x00" * 5
     with pytest.raises(BadFrame):
         decode(msgpack.packb(outer))
+
+
+@pytest.mark.parametrize(("items", "depth"), [(5000, 1000), (20_000, 300), (1 << 20, 100)])
+def test_lists_that_only_claim_their_items_take_no_memory(items: int, depth: int) -> None:
+    frame = (b"\xdd" + items.to_bytes(4, "big")) * depth + bytes(items)
+
+    def peak() -> int:
+        tracemalloc.start()
+        with pytest.raises(BadFrame):
+            decode(frame)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    # what decoding takes is always the same, but threads that other tests left may take some at the same time
+    assert min(peak() for _ in range(3)) < (1 << 18) + 2 * len(frame)

@@ -120,8 +120,8 @@ class FakeWorker:
                 self._inbox.append(message)
                 self._arrived.set()
 
-    async def register(self) -> Welcome:
-        self.send(Register(self.info))
+    async def register(self, forgotten: int = 0) -> Welcome:
+        self.send(Register(self.info, forgotten))
         return await self.expect(Welcome)
 
     async def expect(self, kind: type[M]) -> M:

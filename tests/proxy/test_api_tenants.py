@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import anthropic
@@ -13,6 +14,7 @@ import pytest
 
 from mesh.errors import EXIT_USAGE, RequestError, StartupError
 from mesh.settings import ProxySettings
+from proxy.api import submit
 from proxy.api.tenants import read_tenants
 from tests.proxy.api_client import CHAT, MODEL, Api, Call, error_of, reply
 from tests.proxy.http_server import Server
@@ -216,11 +218,23 @@ def test_the_clients_raise_their_own_classes(tmp_path: Path) -> None:
             claude.messages.create(model=MODEL, max_tokens=3, messages=[{"role": "user", "content": "a"}])
 
 
-def test_a_client_that_waits_as_told_is_served(tmp_path: Path) -> None:
-    with Server(api_of(tmp_path, '[a]\nkeys = ["k"]\nrequests_per_minute = 60')) as server:
-        client = _openai(server, "k", retries=4)
+def test_a_client_that_waits_as_told_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit's clock stands still until one is refused, and is then on by more than the client was told to wait."""
+    api = api_of(tmp_path, '[a]\nkeys = ["k"]\nrequests_per_minute = 60')
+    began, asked = monotonic(), 0
+
+    def clock() -> float:
+        nonlocal asked
+        asked += 1
+        return began + 1.5 * (asked > 61)
+
+    monkeypatch.setattr(submit, "monotonic", clock)
+    with Server(api) as server:
+        client = _openai(server, "k", retries=1)
         for _ in range(61):
             assert client.completions.create(model=MODEL, prompt="a", max_tokens=1).choices
+    assert asked == 62
+    assert len(api.dispatcher.generations) == 61
 
 
 def _openai(server: Server, key: str, retries: int = 0) -> openai.OpenAI:

@@ -247,6 +247,18 @@ def test_a_repeated_introduction_means_nothing(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_worker_that_says_it_has_forgotten_is_believed_however_soon(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            worker = await mesh.worker("d0", "decode")
+            mesh.dispatcher.submit(request())
+            assert (await worker.expect(Decode)).attempt == 1
+            await worker.register(forgotten=1)
+            assert (await worker.expect(Decode)).attempt == 2
+
+    asyncio.run(scenario())
+
+
 def test_a_worker_that_reconnects_has_forgotten_its_requests_however_soon(tmp_path: Path) -> None:
     """The clock stands still: what the old connection swallowed is lost even right after the first `Register`."""
 

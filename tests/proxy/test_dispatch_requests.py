@@ -44,7 +44,7 @@ def test_a_long_prompt_goes_through_both_pools(tmp_path: Path) -> None:
             decode = await mesh.worker("d0", "decode")
             generation = mesh.dispatcher.submit(request(tokens=range(50)))
             first, second = await prefill.expect(Prefill), await decode.expect(Decode)
-            assert first.decode.worker_id == "d0"
+            assert first.history is None
             assert second.source is not None
             assert second.source.worker_id == "p0"
             assert second.source.kv_address == prefill.info.kv_address
@@ -57,6 +57,25 @@ def test_a_long_prompt_goes_through_both_pools(tmp_path: Path) -> None:
             decode.tokens(second, 1, [8], finish="length")
             assert await tokens_of(generation) == [7, 8]
             assert generation.route.prefill == "p0"
+
+    asyncio.run(scenario())
+
+
+def test_a_prefill_worker_hears_what_the_decode_worker_has_of_the_turns_before(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            prefill = await mesh.worker("p0", "prefill")
+            decode = await mesh.worker("d0", "decode")
+            tokens, root = tuple(range(2000)), blockhash.root(b"digest", LAYOUT)
+            held = blockhash.chain(root, tokens, LAYOUT.block_tokens)[:300]
+            decode.send(BlockEvents(1, True, tuple(held), ()))
+            await mesh.until(lambda: len(mesh.index) == 300)
+            mesh.dispatcher.submit(request(tokens=tokens))
+            first = await prefill.expect(Prefill)
+            assert first.history is not None
+            assert (first.history.worker_id, first.history.kv_address) == ("d0", decode.info.kv_address)
+            assert first.history_tokens == 300 * LAYOUT.block_tokens
+            assert (await decode.expect(Decode)).source_prefills
 
     asyncio.run(scenario())
 

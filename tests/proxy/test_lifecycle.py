@@ -420,3 +420,18 @@ def test_whatever_happens_tokens_are_contiguous_and_the_choice_ends(seed: int) -
     assert world.attempts == list(range(1, len(world.attempts) + 1))
     if world.ended == ["finish"]:
         assert len(world.got) == world.max_tokens
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_short_way_of_a_token_is_the_long_one(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    world = World(rng, max_tokens=rng.randint(1, 40))
+    state, effects = begin(world.max_tokens, 60.0, 0.0)
+    state = world.carry_out(state, effects)
+    for _ in range(300):
+        event = world.outstanding.pop(0) if world.outstanding else Tick()
+        with monkeypatch.context() as patched:
+            patched.setattr(lifecycle, "_due", lambda *_: None)
+            expected = step(state, event, world.now)
+        assert step(state, event, world.now) == expected
+        state = world.carry_out(expected[0], expected[1])

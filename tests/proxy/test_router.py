@@ -14,7 +14,7 @@ from proxy.routing import admission
 from proxy.routing.admission import RETRY_FLOOR, RETRY_WINDOW_S, RetryBudget
 from proxy.routing.place import Place
 from proxy.routing.pool import BEAT_TIMEOUT_S, MAX_STEP_BOUND_S, OPTIMISM_S, REVIVE_AFTER_S, WorkerPool
-from proxy.routing.router import RECOMPUTE_TOKENS, Candidate, Plan, Policy, cold_threshold, route
+from proxy.routing.router import RECOMPUTE_TOKENS, Candidate, History, Plan, Policy, cold_threshold, route
 from tests.proxy.fake_worker import IDLE, info
 
 BASE = Candidate(
@@ -140,6 +140,42 @@ def test_blocks_that_another_worker_holds_are_fetched_instead_of_computed() -> N
     assert result.computed_tokens == 10
     few = plan(4000, decode("d0"), decode("d1", cached_tokens=100, live=64))
     assert few.source is None
+
+
+def test_a_prefill_worker_fetches_the_history_that_the_decode_worker_has() -> None:
+    d, p = decode("d0", cached_tokens=6000), prefill("p0", cached_tokens=500)
+    result = plan(9000, d, p)
+    assert (result.source, result.source_prefills) == (p.place, True)
+    assert result.history == History(d.place, 6000)
+    assert (result.computed_tokens, result.uncached_tokens) == (3000, 3000)
+
+
+@pytest.mark.parametrize(
+    ("cached", "policy"),
+    [(700, AUTO), (6000, Policy(-1, 1.0)), (6000, Policy(-1, 1e-6, fetch_above=10**9))],
+    ids=["too little", "slower than computing", "not wanted"],
+)
+def test_a_history_that_does_not_pay_is_computed(cached: int, policy: Policy) -> None:
+    result = plan(9000, decode("d0", cached_tokens=cached), prefill("p0", cached_tokens=500), policy=policy)
+    assert result.source_prefills
+    assert (result.history, result.computed_tokens) == (None, 8500)
+
+
+def test_a_history_may_be_any_workers_but_is_best_the_decode_workers() -> None:
+    d, p = decode("d0", cached_tokens=2000), prefill("p0")
+    full, twin = decode("d1", cached_tokens=6000, live=64), decode("d2", cached_tokens=2000, live=64)
+    result = plan(9000, d, p, full)
+    assert (result.decode, result.history, result.computed_tokens) == (d.place, History(full.place, 6000), 3000)
+    assert plan(9000, d, p, twin).history == History(d.place, 2000)
+    assert plan(9000, d, prefill("p0", cached_tokens=6000), full).history is None
+
+
+def test_a_history_makes_the_prefill_worker_quicker_in_the_comparison_too() -> None:
+    """Without it a prefill worker that lacks everything would take longer than the decode worker with its streams."""
+    speed = {"tokens_per_s": 10_000.0}
+    d, p = decode("d0", cached_tokens=8000, live=3, **speed), prefill("p0", **speed)
+    assert plan(9000, d, p).history == History(d.place, 8000)
+    assert not plan(9000, d, p, policy=Policy(-1, 1e-6, fetch_above=10**9)).source_prefills
 
 
 def test_slow_transfers_are_not_preferred_to_computing() -> None:

@@ -86,6 +86,11 @@ def decode_message(tokens: int = 10, attempt: int = 1, *, source: Peer | None = 
     return Decode("r", attempt, prompt, tokens, params, b"root", 60.0, source, source is not None, limit)
 
 
-def prefill_message(tokens: int = 10, attempt: int = 1) -> Prefill:
-    decode = Peer("decode-0", 9, "", "host")
-    return Prefill("r", attempt, tuple(range(tokens)), tokens, SamplingParams(max_tokens=8), b"root", 60.0, decode)
+DECODE = Peer("decode-0", 9, "", "host")
+
+
+def prefill_message(tokens: int = 10, attempt: int = 1, *, history: int = 0) -> Prefill:
+    params = SamplingParams(max_tokens=8)
+    return Prefill(
+        "r", attempt, tuple(range(tokens)), tokens, params, b"root", 60.0, DECODE if history else None, history
+    )

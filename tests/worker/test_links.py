@@ -87,6 +87,14 @@ def test_a_silent_proxy_is_lost_when_its_lease_lapses(ends: tuple[Proxy, ProxyLi
     assert not link.registered
 
 
+def test_a_lapse_is_told_with_the_next_introduction(ends: tuple[Proxy, ProxyLink, Clock]) -> None:
+    proxy, link, clock = ends
+    welcomed(proxy, link, clock)
+    assert link.tick(clock.now + 10.1)
+    link.tick(clock.now + 10.1)
+    assert proxy.receive().forgotten == 1
+
+
 def test_a_beat_renews_the_lease(ends: tuple[Proxy, ProxyLink, Clock]) -> None:
     proxy, link, clock = ends
     welcomed(proxy, link, clock)

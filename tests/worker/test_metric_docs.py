@@ -35,5 +35,5 @@ def test_the_proxys_metrics_are_documented() -> None:
     fleet = Fleet(LocalResidency(), lambda: 0.0, lambda later: None)
     dispatcher = MeshDispatcher(fleet, lambda: 0.0, max_requests=1, disaggregate_above=0)
     metrics = ProxyMetrics("m")
-    metrics.registry.register(FleetCollector(fleet, dispatcher, lambda: 0))
+    metrics.registry.register(FleetCollector(fleet, dispatcher, lambda: 0, lambda: 0))
     assert exported(metrics.registry) == documented("Proxy")

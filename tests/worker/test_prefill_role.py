@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
+
 from engine.request import EngineRequest
-from engine.step import StepOutput, TokenOut
-from kvtransfer.endpoint import StreamReleased
+from engine.step import Missing, StepOutput, TokenOut
+from kvtransfer.endpoint import BlockArrived, FetchEnded, StreamReleased
 from mesh.messages import Abort, TokenBatch
 from mesh.params import SamplingParams
 from prefill.role import PrefillRole
-from tests.worker.role_fakes import Bench, decode_message, prefill_message
+from tests.worker.role_fakes import DECODE, Bench, decode_message, prefill_message
 from worker.firsttoken import FirstToken
-from worker.steploop import Stepped
+from worker.steploop import Expected, Stepped
 
 KEY = "r#1"
 
@@ -106,4 +108,79 @@ def test_a_deadline_ends_the_hold() -> None:
     role = started(bench)
     role.stepped(stepped("handoff"))
     role.tick(bench.clock.now + 60)
+    assert not role.busy
+
+
+LACKED = tuple(Missing(i, bytes([i]) * 16, 4 if i < 2 else 2) for i in range(3))
+"""Of a prompt of ten tokens in blocks of four."""
+
+
+def fetching(bench: Bench, history: int = 8) -> tuple[PrefillRole, bytes]:
+    """A role that fetches a prompt's history from the decode worker, and the transfer's id."""
+    role = PrefillRole(bench.parts)
+    role.assign(bench.proxy, prefill_message(history=history))
+    role.expected(Expected(KEY, LACKED))
+    ((transfer, *_),) = bench.kv.named("fetch")
+    return role, transfer
+
+
+def ended(transfer: bytes, outcome: str = "ok") -> FetchEnded:
+    return FetchEnded(transfer, (), outcome, 0, 0.25, 0, "")
+
+
+def test_a_history_is_fetched_from_the_decode_worker_before_the_rest_is_computed() -> None:
+    bench = Bench()
+    role, transfer = fetching(bench)
+    assert [r.hold for (r,) in bench.loop.named("expect")] == [True]
+    assert bench.kv.named("open_stream") == [(KEY,)], "the decode worker's fetch may come meanwhile"
+    ((_, attempt, peer, stream, wanted, left),) = bench.kv.named("fetch")
+    assert (attempt, peer, stream, left) == (1, DECODE, "", 60.0)
+    assert [(w.index, w.name, w.valid_tokens) for w in wanted] == [(0, bytes(16), 4), (1, bytes([1]) * 16, 4)]
+    role.transferred([BlockArrived(transfer, 1, b"one"), BlockArrived(transfer, 0, b"zero")])
+    assert bench.loop.named("fill") == [(KEY, 1, b"one"), (KEY, 0, b"zero")]
+    assert not bench.loop.named("ready")
+    role.transferred([ended(transfer)])
+    assert bench.loop.named("ready") == [(KEY, ())]
+    assert not bench.loop.named("add")
+
+
+def test_what_is_fetched_is_told_to_the_proxy() -> None:
+    bench = Bench()
+    role, transfer = fetching(bench)
+    role.transferred([BlockArrived(transfer, 0, bytes(16)), ended(transfer)])
+    event = stepped("handoff")
+    event.output.tokens[0].request.num_fetched_tokens = 4
+    role.stepped(event)
+    bench.replies.flush()
+    report = bench.link.sent[0].deltas[0].report
+    assert (report.cached_tokens, report.fetched_tokens, report.computed_tokens) == (0, 4, 6)
+    assert (report.transfer_s, report.transfer_bytes) == (0.25, 16)
+
+
+@pytest.mark.parametrize("outcome", ["timeout", "peer_lost", "refused"])
+def test_a_history_that_does_not_come_is_computed(outcome: str) -> None:
+    bench = Bench()
+    role, transfer = fetching(bench)
+    role.transferred([ended(transfer, outcome)])
+    assert bench.loop.named("ready") == [(KEY, ())]
+    assert not bench.link.sent
+
+
+def test_a_history_that_is_here_is_not_fetched() -> None:
+    bench = Bench()
+    role = PrefillRole(bench.parts)
+    role.assign(bench.proxy, prefill_message(history=8))
+    role.expected(Expected(KEY, LACKED[2:]))
+    assert not bench.kv.named("fetch")
+    assert bench.loop.named("ready") == [(KEY, ())]
+
+
+def test_an_end_of_the_request_ends_the_fetch() -> None:
+    bench = Bench()
+    role, transfer = fetching(bench)
+    role.abort(Abort("r", 1, "client gone"))
+    assert bench.kv.named("abort_fetch") == [(transfer,)]
+    role.transferred([BlockArrived(transfer, 0, bytes(16)), ended(transfer, "aborted")])
+    assert not bench.loop.named("fill")
+    assert not bench.loop.named("ready")
     assert not role.busy
