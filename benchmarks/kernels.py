@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from kernels.triton.norm import add_rms_norm, rms_norm
 from kernels.triton.rotary import rotate_and_write
 
 HOPPER = GPUTarget("cuda", 90, 32)
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPE = torch.bfloat16
 
 
@@ -53,7 +53,7 @@ class Usage:
     shared: int
     """Bytes per program."""
     products: str
-    """Instructions that multiply matrices: HGMMA are those that only Hopper has."""
+    """Instructions that multiply matrices: `wgmma` are those that only Hopper has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +110,14 @@ def compile_instead_of_launching() -> list[Any]:
 
 
 def usage(kernel: Any, shape: str) -> Usage:
-    """What the compiled `kernel` takes, as the toolkit's disassemblers say."""
+    """What the compiled `kernel` takes, as its machine code declares it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        resources = _tool("cuobjdump", "-res-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
-    registers, stack = resource_usage(resources)
-    products = [f"{code.count(name + '.')} {name}" for name in ("HGMMA", "HMMA") if f"{name}." in code]
+        done = subprocess.run([CUOBJDUMP, "-res-usage", file.name], check=True, capture_output=True, text=True)
+    registers, stack = resource_usage(done.stdout)
+    code = kernel.asm["ptx"]
+    products = [f"{code.count(name + '.')} {name}" for name in ("wgmma.mma_async", "mma.sync") if f"{name}." in code]
     return Usage(
         kernel=kernel.metadata.name.lstrip("_"),
         shape=shape,
@@ -135,10 +135,6 @@ def resource_usage(text: str) -> tuple[int, int]:
     if found is None:
         raise ValueError(f"no resource usage in {text!r}")
     return int(found[1]), int(found[2])
-
-
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def empty(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -195,8 +191,8 @@ def measure() -> list[Usage]:
     return list(dict.fromkeys(found))
 
 
-def main() -> int:
-    found = measure()
+def report(found: Sequence[Usage]) -> int:
+    """Prints the table; 1 when something spills."""
     print(f"triton {triton.__version__}, {DTYPE}, sm_{HOPPER.arch}\n")
     rows = [[str(value) for value in astuple(u)] for u in found]
     print(table(["kernel", "shape", "warps", "registers", "spilled bytes", "shared bytes", "matrix products"], rows))
@@ -204,6 +200,10 @@ def main() -> int:
     if spilling:
         print(f"\nspills registers: {', '.join(spilling)}", file=sys.stderr)
     return 1 if spilling else 0
+
+
+def main() -> int:
+    return report(measure())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ tiles         |0    |1      |2    |     at most `tile_queries` of one row's toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,8 @@ import torch
 import triton
 from numpy.typing import NDArray
 from torch import Tensor
+
+from kernels.operators import Builder
 
 TILE_ROWS = 128
 """Query heads of one key head times queries: the height of a prefill tile."""
@@ -63,10 +65,7 @@ class PagedMetadata:
     """By window (0: none)."""
 
 
-Builder = Callable[[Sequence[int], Sequence[int], Sequence[Sequence[int]]], PagedMetadata]
-
-
-def metadata_builder(pool: Tensor, heads: int, windows: Collection[int]) -> Builder:
+def metadata_builder(pool: Tensor, heads: int, windows: Collection[int]) -> Builder[PagedMetadata]:
     """What builds the metadata of steps over `pool` for a model with `heads` query heads; see
     `kernels.ragged.build_metadata`, whose first three arguments it takes."""
     kv_heads, block_tokens = pool.shape[3:5]
@@ -84,8 +83,15 @@ def metadata_builder(pool: Tensor, heads: int, windows: Collection[int]) -> Buil
         decode_rows = int((np.cumsum(queries != 1) == 0).sum())
         tile_rows, tile_starts = _tiles(starts, decode_rows, tile_queries)
         parts = (positions, slots, starts, kv_tokens, tables, tile_rows, tile_starts)
+        moved = _to_device(parts, pool.device)
         return PagedMetadata(
-            *_to_device(parts, pool.device),
+            positions=moved[0],
+            slots=moved[1],
+            row_starts=moved[2],
+            kv_tokens=moved[3],
+            tables=moved[4],
+            tile_rows=moved[5],
+            tile_starts=moved[6],
             tile_queries=tile_queries,
             decode_rows=decode_rows,
             splits={window: _splits(kv_tokens[:decode_rows], kv_heads, window) for window in windows},

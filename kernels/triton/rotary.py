@@ -84,10 +84,7 @@ def rotate_and_write(
     layer: int,
     metadata: PagedMetadata,
 ) -> Tensor:
-    """`kernels.rotary.apply_rotary` of the query and key heads, then `kernels.attention.write_kv`; returns the queries.
-
-    `queries_keys` is `[tokens, heads + kv_heads, head_dim]` and `values` `[tokens, kv_heads, head_dim]`; both may be
-    parts of one projection's output."""
+    """See `kernels.attention.rotate_and_write`; `queries_keys` and `values` may be parts of one projection's output."""
     _, layers, _, kv_heads, block_tokens, dim = pool.shape
     tokens, rotated, _ = queries_keys.shape
     heads = rotated - kv_heads

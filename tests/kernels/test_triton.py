@@ -10,24 +10,25 @@ from kernels import attention, blocks, ragged
 from kernels.activation import silu_and_mul
 from kernels.norm import rms_norm
 from kernels.rotary import apply_rotary
-
-pytest.importorskip("triton")
-
 from kernels.triton import activation as triton_activation
 from kernels.triton import blocks as triton_blocks
 from kernels.triton import norm as triton_norm
 from kernels.triton import rotary as triton_rotary
 from kernels.triton.attention import paged_attention
 from kernels.triton.metadata import metadata_builder
+from tests.triton_interpreter import DEVICE
 
-CPU = torch.device("cpu")
 ROWS = ((1, 1), (1, 17), (1, 300), (3, 3), (4, 16), (20, 33), (1, 14))
 """Tokens in the step and tokens in all: one token, a block's end and beyond, no prefix, splits."""
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5)).to(DEVICE, dtype)
+
+
+def ids(*values: int) -> Tensor:
+    return torch.tensor(values, device=DEVICE)
 
 
 def tables(rows: tuple[tuple[int, int], ...], block_tokens: int) -> tuple[int, list[list[int]]]:
@@ -53,7 +54,7 @@ def test_attention_equals_torch(
     q = random(sum(queries), heads, dim, dtype=dtype)
     ours = metadata_builder(pool, heads, (window,))(queries, totals, pages)
     exact = pool.float()
-    theirs = ragged.build_metadata(queries, totals, pages, exact, (window,), attention.Workspace(exact.dtype, CPU))
+    theirs = ragged.build_metadata(queries, totals, pages, exact, (window,), attention.Workspace(exact.dtype, DEVICE))
     assert torch.equal(ours.positions.long(), theirs.positions)
     wanted = attention.paged_attention(q.float(), exact, 1, theirs, window)
     got = paged_attention(q, pool, 1, ours, window).float()
@@ -71,7 +72,7 @@ def test_rotary_and_write_equal_torch_and_store_nothing_that_is_not_finite() -> 
     cos, sin = random(4, 1, 4).cos().repeat(1, 1, 2), random(4, 1, 8)
     sin[..., :4] = -sin[..., 4:]
     queries, totals = [n for n, _ in rows], [kv for _, kv in rows]
-    theirs = ragged.build_metadata(queries, totals, pages, pool, (0,), attention.Workspace(pool.dtype, CPU))
+    theirs = ragged.build_metadata(queries, totals, pages, pool, (0,), attention.Workspace(pool.dtype, DEVICE))
     rotated = apply_rotary(heads[:, :8], cos, sin)
     attention.write_kv(wanted_pool, 1, torch.cat((rotated[:, 6:], heads[:, 8:]), 1), theirs)
     ours = metadata_builder(pool, 6, (0,))(queries, totals, pages)
@@ -94,9 +95,9 @@ def test_norms_and_activation_equal_torch() -> None:
 def test_gather_scatter_and_copy_move_whole_blocks() -> None:
     source = random(6, 3, 2, 2, 4, 8, dtype=torch.bfloat16)
     target = torch.zeros_like(source)
-    staged = triton_blocks.gather_blocks(source, torch.tensor([4, 1]))
-    assert torch.equal(staged, blocks.gather_blocks(source, torch.tensor([4, 1])))
-    triton_blocks.scatter_blocks(target, torch.tensor([0, 3]), staged)
-    triton_blocks.copy_blocks(target, torch.tensor([3]), torch.tensor([5]))
+    staged = triton_blocks.gather_blocks(source, ids(4, 1))
+    assert torch.equal(staged, blocks.gather_blocks(source, ids(4, 1)))
+    triton_blocks.scatter_blocks(target, ids(0, 3), staged)
+    triton_blocks.copy_blocks(target, ids(3), ids(5))
     assert torch.equal(target[[0, 3, 5]], source[[4, 1, 1]])
     assert not target[[1, 2, 4]].any()
