@@ -40,6 +40,7 @@ bench-peers: $(INSTALLED_DEV) $(VENV)/peers/vllm
 $(VENV)/peers/vllm: benchmarks/peers/requirements-vllm.txt
 	$(PYTHON) -m venv $@
 	$@/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$@/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # not for this torch, and in its way
 	touch $@
 
 $(VENV)/clients/%: tests/clients/requirements/%.txt
