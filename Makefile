@@ -2,7 +2,7 @@
 # make test  the same set-up, then all tests
 # make lint  ruff and mypy
 # make test-clients   other people's clients (langchain, guidellm, aiperf, lm-eval), each in an environment of its own
-# make bench-peers   our engine and service beside transformers' and vLLM's CPU build, which gets an environment of its own
+# make bench-peers   our engine and service beside vLLM's CPU build and transformers', which get an environment of their own
 # make simulate   a simulated fleet with a million injected faults   (SIMULATE='--fresh --seconds 60': new seeds)
 # make fuzz  a million damaged frames for the decoders, 20,000 requests drawn from the API's own description, and as many
 #            to a real service
@@ -15,6 +15,7 @@ FLAGS ?=
 SIMULATE ?= --faults 1000000
 
 BIN := $(VENV)/bin
+PEERS := $(VENV)/peers
 INSTALLED := $(VENV)/.kvmesh-installed
 INSTALLED_DEV := $(VENV)/.kvmesh-installed-dev
 
@@ -31,13 +32,13 @@ test: $(INSTALLED_DEV)
 test-clients: $(INSTALLED_DEV) $(CLIENTS)
 	KVMESH_CLIENTS=$(VENV)/clients $(BIN)/python -m pytest tests/clients
 
-bench-peers: $(INSTALLED_DEV) $(VENV)/peers/vllm
-	$(BIN)/python -m benchmarks.peers --vllm $(VENV)/peers/vllm/bin/python
-	$(BIN)/python -m benchmarks.peers --vllm $(VENV)/peers/vllm/bin/python --dtype float32
-	$(BIN)/python -m benchmarks.serve --peers --large --streams 1,8 --vllm $(VENV)/peers/vllm/bin/python
-	$(BIN)/python -m benchmarks.serve --peers --large --interference --vllm $(VENV)/peers/vllm/bin/python
+bench-peers: $(INSTALLED_DEV) $(PEERS)
+	$(BIN)/python -m benchmarks.peers --vllm $(PEERS)/bin/python
+	$(BIN)/python -m benchmarks.peers --vllm $(PEERS)/bin/python --dtype float32
+	$(BIN)/python -m benchmarks.serve --peers $(PEERS)/bin/python --large --streams 1,8
+	$(BIN)/python -m benchmarks.serve --peers $(PEERS)/bin/python --large --interference
 
-$(VENV)/peers/vllm: benchmarks/peers/requirements-vllm.txt
+$(PEERS): benchmarks/peers/requirements.txt
 	$(PYTHON) -m venv $@
 	$@/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	$@/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # not for this torch, and in its way

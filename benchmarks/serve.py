@@ -1,7 +1,7 @@
 """TTFT, inter-token latency and throughput over HTTP: disaggregated beside co-located and beside others, in one run.
 
     python -m benchmarks.serve [--streams 1,8,32] [--prompt 256] [--tokens 32] [--rounds 2]
-    python -m benchmarks.serve --peers [--vllm PYTHON] [--interference]
+    python -m benchmarks.serve --peers PYTHON [--interference]
 
 Each round starts every service in turn and replays the same chats against it: `kvmesh up` with one prefill and one
 decode worker, then with two workers that each do both (as many processes and threads), with `--peers` also vLLM's CPU
@@ -17,7 +17,6 @@ import asyncio
 import json
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -188,16 +187,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--interference", action="store_true", help="streams that decode while long prompts arrive")
-    parser.add_argument("--peers", action="store_true", help="vLLM's CPU build and transformers serve, too")
-    parser.add_argument("--vllm", default=sys.executable, help="the Python that has vLLM (default: this one)")
+    parser.add_argument("--peers", metavar="PYTHON", help="vLLM and transformers serve, too, of this Python")
     parser.add_argument("--large", action="store_true", help="a model of 12 layers of 768 (default: 8 of 512)")
     parser.add_argument("--json", action="store_true", help="also print the figures as JSON")
     arguments = parser.parse_args()
     servers = [ours("1 prefill + 1 decode", 1, 1), ours("2 co-located", 0, 2)]
     if arguments.peers:
         chunks = (64, 256, 2048) if arguments.interference else (2048,)
-        servers += [vllm(arguments.vllm, chunk, 2) for chunk in chunks]
-        servers += [] if arguments.interference else [transformers_serve()]
+        servers += [vllm(arguments.peers, chunk, 2) for chunk in chunks]
+        servers += [] if arguments.interference else [transformers_serve(arguments.peers)]
     with tempfile.TemporaryDirectory() as directory:
         hidden, layers = (768, 12) if arguments.large else (512, 8)
         measure(make_model(Path(directory), hidden=hidden, layers=layers), servers, arguments)

@@ -57,8 +57,8 @@ def vllm(python: str, chunk: int, copies: int) -> Server:
     )
 
 
-def transformers_serve() -> Server:
-    command = (str(Path(sys.executable).with_name("transformers")), "serve", "{model}", "--port", "{port}")
+def transformers_serve(python: str) -> Server:
+    command = (str(Path(python).with_name("transformers")), "serve", "{model}", "--port", "{port}")
     options = ("--continuous-batching", "--dtype", "bfloat16", "--host", "127.0.0.1")
     return Server("transformers serve", (*command, *options), model_field="{model}", env={"HF_HUB_OFFLINE": "1"})
 
