@@ -85,7 +85,7 @@ async def stream_one(port: int, server: Server, model: Path, prompt: str, tokens
         if "error" in event:
             raise SystemExit(f"{server.name} answered {event['error']}")
         for choice in event["choices"]:
-            finish = choice["finish_reason"] or finish
+            finish = choice.get("finish_reason") or finish
             if not choice["delta"].get("content"):
                 continue
             if timing.ttft == 0.0:
