@@ -27,12 +27,14 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.measure import table
+from kernels.sampling import Draws
 from kernels.triton.activation import silu_and_mul
 from kernels.triton.attention import paged_attention
 from kernels.triton.blocks import copy_blocks, gather_blocks
 from kernels.triton.metadata import PagedMetadata, Splits
 from kernels.triton.norm import add_rms_norm, rms_norm
 from kernels.triton.rotary import rotate_and_write
+from kernels.triton.sampling import draw
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -80,7 +82,7 @@ MODELS = (
     Model(32, 8, 128, 16, window=4096),
 )
 """Llama 3.1 8B twice, Qwen2.5 0.5B, Llama 3.2 1B, Llama 2 7B, Mistral 7B v0.1."""
-HIDDEN, INNER = 4096, 14336
+HIDDEN, INNER, VOCAB = 4096, 14336, 128256
 
 
 class NoDevice:
@@ -177,6 +179,8 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     yield f"{HIDDEN} + residual", partial(add_rms_norm, x, x, weight, 1e-6)
     yield "40x128", partial(rms_norm, empty(64, 48, 128)[:, :40], empty(40, 128), 1e-6)
     yield f"{INNER}", partial(silu_and_mul, empty(64, 2 * INNER))
+    draws = Draws([1.0], [50], [0.9], [0.1], [0.5])
+    yield f"{VOCAB}", partial(draw, empty(1, VOCAB, dtype=torch.float32), draws)
     yield "gather", partial(gather_blocks, pool, blocks)
     yield "copy", partial(copy_blocks, pool, blocks, blocks)
 

@@ -100,7 +100,7 @@ class ModelRunner:
         if sampling:
             last = [starts[i] + rows[i].num_tokens - 1 for i in sampling]
             logits = self._model.logits(hidden.index_select(0, self._ints(last)))
-            drawn = sample(logits, [rows[i].request for i in sampling])
+            drawn = sample(logits, [rows[i].request for i in sampling], self._model.ops.draw)
             for i, one in zip(sampling, drawn, strict=True):
                 results[i] = Sampled(one.token, one.logprob, prompt[i], one.failure)
         return results

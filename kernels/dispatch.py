@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kernels import attention, linear, norm, ragged
+from kernels import attention, linear, norm, ragged, sampling
 from kernels.attention import AttentionMetadata
 from kernels.operators import Operators
 
@@ -22,6 +22,7 @@ TORCH: Operators[AttentionMetadata] = Operators(
     rms_norm=norm.rms_norm,
     rotate_and_write=attention.rotate_and_write,
     paged_attention=attention.paged_attention,
+    draw=sampling.draw,
 )
 
 log = logging.getLogger("kvmesh.kernels")

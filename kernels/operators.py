@@ -9,6 +9,7 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor
 
 from kernels.linear import GatedLinear, Linear
+from kernels.sampling import Draw
 
 
 class Metadata(Protocol):
@@ -37,3 +38,4 @@ class Operators(Generic[M]):
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rotate_and_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, M], Tensor]
     paged_attention: Callable[[Tensor, Tensor, int, M, int], Tensor]
+    draw: Draw

@@ -11,6 +11,7 @@ from kernels.triton.attention import paged_attention
 from kernels.triton.metadata import PagedMetadata, metadata_builder
 from kernels.triton.norm import rms_norm
 from kernels.triton.rotary import rotate_and_write
+from kernels.triton.sampling import draw
 
 
 def make_gated_linear(gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> GatedLinear:
@@ -25,4 +26,5 @@ TRITON: Operators[PagedMetadata] = Operators(
     rms_norm=rms_norm,
     rotate_and_write=rotate_and_write,
     paged_attention=paged_attention,
+    draw=draw,
 )

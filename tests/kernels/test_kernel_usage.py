@@ -29,7 +29,14 @@ def test_no_kernel_spills_on_sm_90() -> None:
     for shape in ("32/8x128 page 16", "32/8x128 page 64", "14/2x64 page 16", "32/8x64 page 64"):
         assert "wgmma" in products["attend_tile", shape]
         assert "mma.sync" in products["attend_split", shape]
-    assert {kernel for kernel, _ in products} >= {"combine", "rotate_and_write", "rms_norm", "silu_and_mul", "copy"}
+    assert {kernel for kernel, _ in products} >= {
+        "combine",
+        "rotate_and_write",
+        "rms_norm",
+        "silu_and_mul",
+        "draw",
+        "copy",
+    }
 
 
 def test_a_spill_fails(capsys: pytest.CaptureFixture[str]) -> None:
