@@ -124,12 +124,9 @@ class Deployment:
 
     def start_worker(self, role: str, name: str, *flags: str) -> Worker:
         port = free_port()
-        module = "prefill" if role == "prefill" else "decode"
-        arguments = [str(self.model), "--role", role, "--worker-id", name]
-        kv = "tcp://127.0.0.1:0" if self.keys else self._ipc(f"{name}-{port}.kv")
-        arguments += ["--proxy", self.control, "--kv-bind", kv, *self._keys()]
+        arguments = [str(self.model), "--role", role, "--worker-id", name, *self._addresses(name, port), *self._keys()]
         arguments += ["--metrics-bind", f"127.0.0.1:{port}", "--store", self.store, "--threads", "1"]
-        process = self._spawn(module, [*arguments, *self.flags, *flags], name)
+        process = self._spawn(self._module(role), [*arguments, *self.flags, *flags], name)
         self.workers[name] = Worker(name, role, port, process)
         return self.workers[name]
 
@@ -158,12 +155,12 @@ class Deployment:
                 for choice in event.choices:
                     yield choice.text
 
-    def assert_quiet(self) -> None:
+    def assert_quiet(self, timeout: float = 20) -> None:
         """Nothing is left anywhere: no request, hold, transfer; free + cached = total on every worker."""
         for name in ("kvmesh_choices_live", "kvmesh_choices_waiting"):
-            wait_until(lambda n=name: sample(self.url, n) == 0, f"no {name}", 20)  # type: ignore[misc]
+            wait_until(lambda n=name: sample(self.url, n) == 0, f"no {name}", timeout)  # type: ignore[misc]
         for worker in self.workers.values():
-            wait_until(lambda w=worker: _quiet(w), lambda w=worker: f"{w.name}: {_state(w)}", 20)  # type: ignore[misc]
+            wait_until(lambda w=worker: _quiet(w), lambda w=worker: f"{w.name}: {_state(w)}", timeout)  # type: ignore[misc]
 
     def stop(self) -> None:
         if self._client is not None:
@@ -178,6 +175,16 @@ class Deployment:
                 process.kill()
                 process.wait()
 
+    def _module(self, role: str) -> str:
+        return "prefill" if role == "prefill" else "decode"
+
+    def _addresses(self, name: str, port: int) -> list[str]:
+        kv = "tcp://127.0.0.1:0" if self.keys else self._ipc(f"{name}-{port}.kv")
+        return ["--proxy", self.control, "--kv-bind", kv]
+
+    def _environment(self, name: str) -> dict[str, str]:
+        return {}
+
     def _keys(self) -> list[str]:
         return ["--keys", str(self.keys)] if self.keys else []
 
@@ -185,7 +192,7 @@ class Deployment:
         return f"ipc://{self.directory}/{name}"
 
     def _spawn(self, module: str, arguments: list[str], name: str) -> subprocess.Popen[bytes]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | self._environment(name)
         with (self.directory / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log
