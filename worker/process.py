@@ -116,10 +116,7 @@ class WorkerProcess:
         self._last_beat = clock()
         self._poller = zmq.Poller()
         self._poller.register(self._wake.fd, zmq.POLLIN)
-        for link in self._links:
-            self._poller.register(link.socket, zmq.POLLIN)
-            self._poller.register(link.monitor, zmq.POLLIN)
-        self._kv_sockets: set[zmq.Socket[bytes]] = set()
+        self._watched: set[zmq.Socket[bytes]] = set()
 
     def drain(self) -> None:
         """Asks for a clean end; callable from a signal handler."""
@@ -148,25 +145,25 @@ class WorkerProcess:
             self._close()
         return self._exit_code
 
-    def _watch_kv(self) -> None:
-        """Connections to other workers come and go."""
-        current = set(self._station.kv.sockets())
-        for socket in self._kv_sockets - current:
+    def _watch(self, current: set[zmq.Socket[bytes]]) -> None:
+        """Connections come and go."""
+        for socket in self._watched - current:
             self._poller.unregister(socket)
-        for socket in current - self._kv_sockets:
+        for socket in current - self._watched:
             self._poller.register(socket, zmq.POLLIN)
-        self._kv_sockets = current
+        self._watched = current
 
     def _turn(self) -> None:
         """One round: wait, read everything that came, answer, flush."""
-        self._watch_kv()
+        kv_sockets = set(self._station.kv.sockets())
+        self._watch(kv_sockets.union(*((link.socket, link.monitor) for link in self._links)))
         due_ms = (self._station.kv.next_deadline() - self._clock()) * 1000
         ready = {source for source, _ in self._poller.poll(int(max(0.0, min(POLL_MS, due_ms))))}
         if self._wake.fd in ready:
             self._wake.clear()
         now = self._clock()
         self._read_proxies(now)
-        for socket in self._kv_sockets & ready:
+        for socket in kv_sockets & ready:
             self._kv_events(self._station.kv.receive(socket))
         self._read_loop()
         self._tick(now)
