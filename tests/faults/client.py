@@ -6,7 +6,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from typing import Any
 
@@ -43,7 +43,7 @@ class Client(threading.Thread):
             "n": ask.n,
             "stream": True,
         }
-        self._more = {"ignore_eos": True, "return_token_ids": True}
+        self._more: dict[str, Any] = {"ignore_eos": True, "return_token_ids": True}
         if ask.stop is not None:
             self._more |= {"stop_token_ids": [ask.stop]}
         self._right, self._finish = answer(ask)
@@ -93,7 +93,7 @@ class Client(threading.Thread):
             raise Violation(f"fails by {code} after {[len(got) for got in self._got]} tokens")
         return str(code)
 
-    def _plain(self) -> Iterator[Frame]:
+    def _plain(self) -> Generator[Frame, None, None]:
         """The frames as they are sent, or an error's body."""
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=SILENCE_S)
         with closing(connection):
@@ -110,7 +110,7 @@ class Client(threading.Thread):
                     yield json.loads(line.removeprefix(b"data: "))
         raise Violation("ended without [DONE]")
 
-    def _openai(self) -> Iterator[Frame]:
+    def _openai(self) -> Generator[Frame, None, None]:
         with OpenAI(
             base_url=f"http://127.0.0.1:{self._port}/v1", api_key="unused", max_retries=0, timeout=SILENCE_S
         ) as client:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 from tests.faults.client import Client, Violation
 from tests.faults.fleet import RelayedDeployment
@@ -83,7 +84,7 @@ def _quiet(fleet: RelayedDeployment) -> None:
     fleet.assert_quiet(QUIET_S)
 
 
-def _clean_logs(fleet: RelayedDeployment, sizes: dict[object, int]) -> None:
+def _clean_logs(fleet: RelayedDeployment, sizes: dict[Path, int]) -> None:
     for path in fleet.directory.glob("*.log"):
         with path.open() as log:
             log.seek(sizes.get(path, 0))

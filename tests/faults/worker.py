@@ -1,6 +1,7 @@
 """`KVMESH_TEST_KV_ADDRESS=… python -m tests.faults.worker MODEL_DIR --role …`: a worker behind a relay.
 
-Production's worker but for one thing: the address under which others are told to fetch from it is the relay's.
+Production's worker but for two things: the address under which others are told to fetch from it is the relay's, and
+what nobody has come for is held for 5 s and not for 30, because a run waits until nothing is held.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from typing import Any
 from unittest import mock
 
 from decode.role import DecodeRole
+from kvtransfer import holding_state
 from kvtransfer.endpoint import KvEndpoint
 from prefill.role import PrefillRole
 from worker import main
 
 KV_ADDRESS = "KVMESH_TEST_KV_ADDRESS"
+UNCLAIMED_S = 5.0
 
 
 def relayed(address: str, **parts: Any) -> KvEndpoint:
@@ -27,5 +30,8 @@ def relayed(address: str, **parts: Any) -> KvEndpoint:
 
 if __name__ == "__main__":
     role = sys.argv[sys.argv.index("--role") + 1]
-    with mock.patch.object(main, "KvEndpoint", partial(relayed, os.environ[KV_ADDRESS])):
+    with (
+        mock.patch.object(main, "KvEndpoint", partial(relayed, os.environ[KV_ADDRESS])),
+        mock.patch.object(holding_state, "UNCLAIMED_S", UNCLAIMED_S),
+    ):
         main.run(role, PrefillRole if role == "prefill" else DecodeRole)
