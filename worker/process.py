@@ -236,7 +236,7 @@ class WorkerProcess:
 
     def _beat(self, event: Beaten) -> None:
         self._last_beat = self._clock()
-        self._station.metrics.beaten(event.load, self._station.kv.stats())
+        self._station.metrics.beaten(event.load, self._station.kv.stats(), self._role.num_jobs)
         beat = Beat(event.steps, self._draining_until is not None, event.load)
         for link in self._links:
             if link.registered:
@@ -259,9 +259,9 @@ class WorkerProcess:
             if link.tick(now):
                 self._role.lost(link)
         if self._drain_asked and self._draining_until is None:
-            log.info("draining: finishing %s", "running requests" if self._role.busy else "nothing")
+            log.info("draining: finishing %s", "running requests" if self._role.num_jobs else "nothing")
             self._draining_until = now + self._station.drain_timeout
-        if self._draining_until is not None and (not self._role.busy or now >= self._draining_until):
+        if self._draining_until is not None and (not self._role.num_jobs or now >= self._draining_until):
             self._leave()
 
     def _leave(self) -> None:

@@ -65,7 +65,12 @@ def fetch(url: str) -> tuple[int, str]:
 
 def sample(url: str, name: str, **labels: str) -> float:
     """A sample of a process's /metrics; NaN while it does not answer."""
-    for line in fetch(f"{url}/metrics")[1].splitlines():
+    return sample_of(fetch(f"{url}/metrics")[1], name, **labels)
+
+
+def sample_of(page: str, name: str, **labels: str) -> float:
+    """NaN: it is not there."""
+    for line in page.splitlines():
         found = re.match(rf"{re.escape(name)}(?:\{{(.*)\}})? (\S+)", line)
         if found and all(f'{k}="{v}"' in (found[1] or "") for k, v in labels.items()):
             return float(found[2])
@@ -79,12 +84,21 @@ class Worker:
     metrics_port: int
     process: subprocess.Popen[bytes]
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.metrics_port}"
+
     def metric(self, name: str, **labels: str) -> float:
-        return sample(f"http://127.0.0.1:{self.metrics_port}", name, **labels)
+        return sample(self.url, name, **labels)
+
+    @property
+    def state(self) -> dict[str, float]:
+        """What it holds, by what holds it."""
+        return _state(fetch(f"{self.url}/metrics")[1])
 
     @property
     def registered(self) -> bool:
-        status, text = fetch(f"http://127.0.0.1:{self.metrics_port}/health")
+        status, text = fetch(f"{self.url}/health")
         return status == 200 and json.loads(text)["proxies"] > 0
 
 
@@ -160,7 +174,7 @@ class Deployment:
         for name in ("kvmesh_choices_live", "kvmesh_choices_waiting"):
             wait_until(lambda n=name: sample(self.url, n) == 0, f"no {name}", timeout)  # type: ignore[misc]
         for worker in self.workers.values():
-            wait_until(lambda w=worker: _quiet(w), lambda w=worker: f"{w.name}: {_state(w)}", timeout)  # type: ignore[misc]
+            wait_until(lambda w=worker: _quiet(w), lambda w=worker: f"{w.name}: {w.state}", timeout)  # type: ignore[misc]
 
     def stop(self) -> None:
         if self._client is not None:
@@ -211,18 +225,20 @@ STATES = {
     "fetches": ("kvmesh_kv_open", {"what": "fetching"}),
     "served": ("kvmesh_kv_open", {"what": "serving"}),
     "streams": ("kvmesh_kv_open", {"what": "streams"}),
+    "slots": ("kvmesh_kv_open", {"what": "slots"}),
+    "attempts": ("kvmesh_open_attempts", {}),
 }
 
 
-def _state(worker: Worker) -> dict[str, float]:
-    return {key: worker.metric(name, **labels) for key, (name, labels) in STATES.items()}
+def _state(page: str) -> dict[str, float]:
+    return {key: sample_of(page, name, **labels) for key, (name, labels) in STATES.items()}
 
 
 def _quiet(worker: Worker) -> bool:
-    _, text = fetch(f"http://127.0.0.1:{worker.metrics_port}/metrics")
-    total = re.search(r'num_gpu_blocks="(\d+)"', text)
-    free, cached = (worker.metric("kvmesh_kv_blocks", state=s) for s in ("free", "cached"))
-    return all(v == 0 for v in _state(worker).values()) and total is not None and free + cached == int(total[1])
+    _, page = fetch(f"{worker.url}/metrics")
+    total = re.search(r'num_gpu_blocks="(\d+)"', page)
+    free, cached = (sample_of(page, "kvmesh_kv_blocks", state=s) for s in ("free", "cached"))
+    return all(v == 0 for v in _state(page).values()) and total is not None and free + cached == int(total[1])
 
 
 @contextmanager
