@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from openai import OpenAI
 
@@ -77,12 +78,22 @@ def sample_of(page: str, name: str, **labels: str) -> float:
     return float("nan")
 
 
+class Process(Protocol):
+    """What is asked of a worker's process; `Popen` has it."""
+
+    def send_signal(self, number: int, /) -> None: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
 @dataclass(slots=True)
 class Worker:
     name: str
     role: str
     metrics_port: int
-    process: subprocess.Popen[bytes]
+    process: Process
 
     @property
     def url(self) -> str:
@@ -140,7 +151,7 @@ class Deployment:
         port = free_port()
         arguments = [str(self.model), "--role", role, "--worker-id", name, *self._addresses(name, port), *self._keys()]
         arguments += ["--metrics-bind", f"127.0.0.1:{port}", "--store", self.store, "--threads", "1"]
-        process = self._spawn(self._module(role), [*arguments, *self.flags, *flags], name)
+        process = self._start_worker(role, [*arguments, *self.flags, *flags], name)
         self.workers[name] = Worker(name, role, port, process)
         return self.workers[name]
 
@@ -179,25 +190,22 @@ class Deployment:
     def stop(self) -> None:
         if self._client is not None:
             self._client.close()
-        processes = [w.process for w in self.workers.values()] + ([self.proxy] if self.proxy else [])
+        processes = [*[w.process for w in self.workers.values()], *([self.proxy] if self.proxy else [])]
         for process in processes:
-            process.terminate()
+            process.send_signal(signal.SIGTERM)
         for process in processes:
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
-                process.kill()
+                process.send_signal(signal.SIGKILL)
                 process.wait()
 
-    def _module(self, role: str) -> str:
-        return "prefill" if role == "prefill" else "decode"
+    def _start_worker(self, role: str, arguments: list[str], name: str) -> Process:
+        return self._spawn("prefill" if role == "prefill" else "decode", arguments, name)
 
     def _addresses(self, name: str, port: int) -> list[str]:
         kv = "tcp://127.0.0.1:0" if self.keys else self._ipc(f"{name}-{port}.kv")
         return ["--proxy", self.control, "--kv-bind", kv]
-
-    def _environment(self, name: str) -> dict[str, str]:
-        return {}
 
     def _keys(self) -> list[str]:
         return ["--keys", str(self.keys)] if self.keys else []
@@ -206,7 +214,7 @@ class Deployment:
         return f"ipc://{self.directory}/{name}"
 
     def _spawn(self, module: str, arguments: list[str], name: str) -> subprocess.Popen[bytes]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | self._environment(name)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         with (self.directory / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log

@@ -32,8 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
             except Violation as violation:
                 print(f"{violation}\nagain: python -m tests.faults --first {seed} --seeds 1")
                 return 1
-            outcomes += found
-            print(f"seed {seed}: {time.monotonic() - seed_began:.1f} s, {_counts(found)}", flush=True)
+            outcomes += found.outcomes
+            print(f"seed {seed} ({time.monotonic() - seed_began:.1f} s): {found}", flush=True)
         hits = sum((s.done for links in fleet.links.values() for s in links.sides.values()), Counter[str]())
     print(
         f"{options.seeds} seeds hold ({time.monotonic() - began:.0f} s): streams {_counts(outcomes)}; {_counts(hits)}"

@@ -34,6 +34,7 @@ class Client(threading.Thread):
         super().__init__(name=name, daemon=True)
         self.outcome = ""
         self.violation = ""
+        self.seconds = 0.0
         self._ask = ask
         self._port = port
         self._body = {
@@ -53,12 +54,14 @@ class Client(threading.Thread):
 
     def run(self) -> None:
         time.sleep(max(0.0, self._began + self._ask.at - time.monotonic()))
+        asked = time.monotonic()
         try:
             self.outcome = self._stream()
         except Violation as violation:
             self.violation = f"{self.name} {violation}"
         except Exception as error:
             self.violation = f"{self.name} after {[len(got) for got in self._got]} tokens: {error!r}"
+        self.seconds = time.monotonic() - asked
 
     def _stream(self) -> str:
         frames = self._openai() if self._ask.client == OPENAI else self._plain()

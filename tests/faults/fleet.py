@@ -11,10 +11,10 @@ from pathlib import Path
 
 from mesh.keys import create
 from mesh.modeldir import DEMO_MODEL
-from tests.e2e.processes import Deployment, free_port
+from tests.e2e.processes import Deployment, Process, free_port
 from tests.faults.links import Links
+from tests.faults.nursery import Nursery
 from tests.faults.plan import MAX_MODEL_LEN, WORKERS
-from tests.faults.worker import KV_ADDRESS
 
 FLAGS = (
     *("--engine", "sim", "--sim-step-s", "0.01", "--max-num-batched-tokens", "64", "--max-num-seqs", "16"),
@@ -26,6 +26,7 @@ DRAIN_S = 20.0
 
 @dataclass(slots=True)
 class RelayedDeployment(Deployment):
+    nursery: Nursery = field(default_factory=Nursery)
     links: dict[str, Links] = field(default_factory=dict)
 
     def start(self, name: str) -> None:
@@ -46,14 +47,11 @@ class RelayedDeployment(Deployment):
     def signal(self, name: str, number: signal.Signals) -> None:
         self.workers[name].process.send_signal(number)
 
-    def _module(self, role: str) -> str:
-        return "tests.faults.worker"
+    def _start_worker(self, role: str, arguments: list[str], name: str) -> Process:
+        return self.nursery.fork(role, arguments, self.links[name].kv_address, self.directory / f"{name}.log")
 
     def _addresses(self, name: str, port: int) -> list[str]:
         return self.links[name].arguments
-
-    def _environment(self, name: str) -> dict[str, str]:
-        return {KV_ADDRESS: self.links[name].kv_address} if name in self.links else {}
 
 
 @contextmanager
@@ -70,5 +68,6 @@ def relayed(directory: Path) -> Iterator[RelayedDeployment]:
         yield fleet
     finally:
         fleet.stop()
+        fleet.nursery.close()
         for links in fleet.links.values():
             links.close()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.client import Client, Violation
@@ -22,21 +23,40 @@ BAD_WORDS = ("ERROR", "CRITICAL", "Traceback")
 TAIL_BYTES = 3000
 
 
-def play(fleet: RelayedDeployment, seed: int) -> Counter[str]:
-    """How the clients' streams ended. Raises `Violation` with all that is known."""
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What came of one seed."""
+
+    outcomes: Counter[str]
+    """How the clients' streams ended."""
+    slowest_s: float
+    """Of the streams."""
+    quiet_s: float
+    """Until nobody held anything any more, after the last stream's end."""
+
+    def __str__(self) -> str:
+        outcomes = ", ".join(f"{name} {count}" for name, count in sorted(self.outcomes.items()))
+        return f"{outcomes}; slowest stream {self.slowest_s:.1f} s, quiet after {self.quiet_s:.1f} s"
+
+
+def play(fleet: RelayedDeployment, seed: int) -> Played:
+    """Raises `Violation` with all that is known."""
     plan = draw(seed)
     sizes = {path: path.stat().st_size for path in fleet.directory.glob("*.log")}
     try:
-        outcomes = _play(fleet, plan)
+        clients = _play(fleet, plan)
+        ended = time.monotonic()
         _quiet(fleet)
+        quiet_s = time.monotonic() - ended
         _clean_logs(fleet, sizes)
     except Exception as error:
         faults = "\n".join(f"  {fault}" for fault in plan.faults)
         raise Violation(f"seed {seed}: {error}\nits faults:\n{faults}\n{tails(fleet)}") from error
-    return outcomes
+    return Played(Counter(c.outcome for c in clients), max(c.seconds for c in clients), quiet_s)
 
 
-def _play(fleet: RelayedDeployment, plan: Plan) -> Counter[str]:
+def _play(fleet: RelayedDeployment, plan: Plan) -> list[Client]:
+    """The clients, all of whose streams have ended as they must."""
     began = time.monotonic()
     clients = [
         Client(ask, f"client {number}", fleet.port, fleet.model_name, began) for number, ask in enumerate(plan.asks)
@@ -53,7 +73,7 @@ def _play(fleet: RelayedDeployment, plan: Plan) -> Counter[str]:
     wrong = [c.violation or f"{c.name} hangs" for c in clients if c.violation or c.is_alive()]
     if wrong:
         raise Violation("; ".join(wrong))
-    return Counter(client.outcome for client in clients)
+    return clients
 
 
 def _strike(fleet: RelayedDeployment, faults: tuple[Fault, ...], began: float) -> None:

@@ -1,4 +1,4 @@
-"""`KVMESH_TEST_KV_ADDRESS=… python -m tests.faults.worker MODEL_DIR --role …`: a worker behind a relay.
+"""A worker behind relays.
 
 Production's worker but for two things: the address under which others are told to fetch from it is the relay's, and
 what nobody has come for is held for 5 s and not for 30, because a run waits until nothing is held.
@@ -6,7 +6,6 @@ what nobody has come for is held for 5 s and not for 30, because a run waits unt
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
 from typing import Any
@@ -18,7 +17,6 @@ from kvtransfer.endpoint import KvEndpoint
 from prefill.role import PrefillRole
 from worker import main
 
-KV_ADDRESS = "KVMESH_TEST_KV_ADDRESS"
 UNCLAIMED_S = 5.0
 
 
@@ -28,10 +26,11 @@ def relayed(address: str, **parts: Any) -> KvEndpoint:
     return endpoint
 
 
-if __name__ == "__main__":
-    role = sys.argv[sys.argv.index("--role") + 1]
+def run(role: str, arguments: list[str], kv_address: str) -> None:
+    """Ends the process."""
+    sys.argv[1:] = arguments
     with (
-        mock.patch.object(main, "KvEndpoint", partial(relayed, os.environ[KV_ADDRESS])),
+        mock.patch.object(main, "KvEndpoint", partial(relayed, kv_address)),
         mock.patch.object(holding_state, "UNCLAIMED_S", UNCLAIMED_S),
     ):
         main.run(role, PrefillRole if role == "prefill" else DecodeRole)
