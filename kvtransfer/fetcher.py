@@ -45,6 +45,9 @@ RECEIVE_BYTES = 8 << 20
 bandwidth of 64 MiB), and shared-memory slots return while the holder still has others."""
 LINK_IDLE_S = 30.0
 """A connection without transfers is closed; the next fetch opens another in about a millisecond."""
+PROBE_S = 30.0
+"""A transport that failed with one holder is left for so long, then offered to it once more: what was wrong may be
+over, and a probe costs no more than one refetch."""
 MAX_WAITING = 2048
 """Messages kept for a holder that has not greeted yet; the fetches among them end by their deadline."""
 WATCHED = LOST | RETRIED
@@ -75,6 +78,8 @@ class Link:
     """Segments of this holder that were read, and by which transport."""
     returned: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """Slots to give back, by transport."""
+    left: dict[str, float] = field(default_factory=dict)
+    """Transports that failed with this holder, and when each is offered again."""
 
 
 class Fetcher:
@@ -144,6 +149,7 @@ class Fetcher:
             self._emit(FetchEnded(transfer_id, missing, outcome, 0, 0.0, 0, str(error)))
             return
         self._by_transfer[transfer_id] = link
+        self._probe(link)
         self._apply(link, fs.Start(transfer_id, attempt, stream, tuple(wanted), deadline_s))
 
     def abort(self, transfer_id: bytes) -> None:
@@ -351,11 +357,24 @@ class Fetcher:
         return payload
 
     def _fault(self, link: Link, transport: str) -> None:
-        """A shared transport that failed is not offered to this holder again."""
+        """The transport is left: the blocks are asked for again by ZeroMQ, and other fetches of this holder use the
+        next transport that both have."""
         self._counters.drop("transport")
         if transport != INLINE:
-            kept = tuple(o for o in link.state.offers if o.transport != transport)
-            link.state = replace(link.state, offers=kept)
+            link.left[transport] = self._clock() + PROBE_S
+            self._offer(link)
+
+    def _probe(self, link: Link) -> None:
+        """A transport that was left long enough is offered again."""
+        due = [transport for transport, at in link.left.items() if self._clock() >= at]
+        for transport in due:
+            del link.left[transport]
+        if due:
+            self._offer(link)
+
+    def _offer(self, link: Link) -> None:
+        offered = tuple(o for o in offers(self._transports) if o.transport not in link.left)
+        link.state = replace(link.state, offers=offered)
 
     def _monitor(self, link: Link, monitor: Socket) -> None:
         while (event := read_monitor(monitor)) is not None:
