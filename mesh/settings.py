@@ -28,7 +28,11 @@ class WorkerSettings:
     keys: str = _flag(
         "directory of the fleet's keys (`kvmesh keys DIR`): every tcp socket between processes is encrypted", ""
     )
-    transport: str = _flag("KV transports in order of preference: shm, zmq", "shm,zmq")
+    transport: str = _flag(
+        "KV transports in order of preference, of shm, nccl (CUDA workers, not encrypted), gloo (as nccl, on CPU: for "
+        "tests), zmq (always there)",
+        "shm,zmq",
+    )
     store: str = _flag("where residency lives: memory or redis://HOST:PORT/DB", "memory")
     device: str = _flag("cpu or cuda[:N]", "cpu")
     dtype: str = _flag("number format", "auto", choices=("auto", "float32", "bfloat16", "float16"))

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from kvtransfer.messages import Place
 from kvtransfer.transports.base import Payload, Posted, TransportFault
-from kvtransfer.transports.pool import BufferPool, Bytes
+from kvtransfer.transports.pool import BufferPool, Bytes, fill
 
 NAME = "shm"
 SHM_DIR = Path("/dev/shm")
@@ -154,7 +154,7 @@ class ShmTransport:
         self._pool = BufferPool(slot_bytes)
         remove_orphans()
 
-    def post(self, parts: Sequence[Payload]) -> Posted | None:
+    def post(self, parts: Sequence[Payload], link: bytes) -> Posted | None:
         if not self._made:
             self._make()
         size = sum(len(p) for p in parts)
@@ -165,10 +165,7 @@ class ShmTransport:
         self._seqs[slot] = seq
         base = slot * self._stride
         self._segment.numbers[base // 8] = seq - 1
-        at = base + HEADER_BYTES
-        for part in parts:
-            np.copyto(self._segment.bytes[at : at + len(part)], np.frombuffer(part, dtype=np.uint8))
-            at += len(part)
+        fill(self._segment.bytes[base + HEADER_BYTES :], parts)
         self._segment.numbers[base // 8] = seq
         return Posted(Place(NAME, self._segment.path.name, base, seq), None)
 
@@ -197,6 +194,9 @@ class ShmTransport:
         if int(segment.numbers[place.slot // 8]) != place.seq:
             raise TransportFault("the slot was overwritten during the copy")
         return copy.data.toreadonly()
+
+    def skip(self, place: Place, size: int) -> None:
+        """The slot is the sender's again when it is returned."""
 
     def _segment_of(self, name: str) -> Segment:
         segment = self._open.get(name)

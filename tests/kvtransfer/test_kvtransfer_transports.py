@@ -21,7 +21,7 @@ SLOT_BYTES = 3000
 
 
 def posted(transport: Transport, *parts: bytes) -> Posted:
-    result = transport.post(parts)
+    result = transport.post(parts, b"")
     assert result is not None
     return result
 
@@ -46,14 +46,14 @@ def test_a_slot_is_reclaimed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sender = ShmTransport("here", SLOT_BYTES)
     try:
         first, second = posted(sender, b"1"), posted(sender, b"2")
-        assert sender.post([b"3"]) is None  # both slots are out
+        assert sender.post([b"3"], b"") is None  # both slots are out
         for _ in range(2):
             sender.reclaim(first.place.slot, first.place.seq)
         third = posted(sender, b"3")
         assert third.place.slot == first.place.slot
-        assert sender.post([b"4"]) is None
+        assert sender.post([b"4"], b"") is None
         sender.reclaim(first.place.slot, first.place.seq)  # late: the slot is another's now
-        assert sender.post([b"4"]) is None
+        assert sender.post([b"4"], b"") is None
         assert second.place.slot != third.place.slot
     finally:
         sender.close()
@@ -151,7 +151,7 @@ def test_a_segment_that_is_being_removed_is_left_to_its_remover(monkeypatch: pyt
 def test_no_room_in_shared_memory_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shm, "SEGMENT_BYTES", 100)
     sender = ShmTransport("here", SLOT_BYTES)
-    assert sender.post([b"x"]) is None
+    assert sender.post([b"x"], b"") is None
     sender.close()
 
 
