@@ -29,8 +29,8 @@ class WorkerSettings:
         "directory of the fleet's keys (`kvmesh keys DIR`): every tcp socket between processes is encrypted", ""
     )
     transport: str = _flag(
-        "KV transports in order of preference, of shm, nccl (CUDA workers, not encrypted), gloo (as nccl, on CPU: for "
-        "tests), zmq (always there)",
+        "KV transports in order of preference, of cuda (device memory, CUDA workers of one host), shm, nccl (CUDA "
+        "workers, not encrypted), gloo (as nccl, on CPU: for tests), zmq (always there)",
         "shm,zmq",
     )
     store: str = _flag("where residency lives: memory or redis://HOST:PORT/DB", "memory")

@@ -10,16 +10,17 @@ import torch.distributed as dist
 from torch.cuda import nccl
 
 from kvtransfer.messages import Offer
-from kvtransfer.transports import groups, inline, local, shm
+from kvtransfer.transports import cuda, groups, inline, local, shm
 from kvtransfer.transports.base import Transport, parcel_bytes
 from kvtransfer.transports.collective import CollectiveTransport
+from kvtransfer.transports.devicememory import CudaMemory
 from mesh.curve import TCP, is_ipc, is_loopback
 from mesh.errors import EXIT_USAGE, StartupError
 
 log = logging.getLogger(__name__)
 
 GLOO, NCCL = "gloo", "nccl"
-NAMES = (local.NAME, shm.NAME, inline.NAME, NCCL, GLOO)
+NAMES = (local.NAME, cuda.NAME, shm.NAME, inline.NAME, NCCL, GLOO)
 LOOPBACK = "127.0.0.1"
 
 
@@ -50,10 +51,14 @@ def open_transports(
                 log.warning("no shared memory (%s): KV blocks go by ZeroMQ", error)
         elif name == inline.NAME:
             found[name] = inline.InlineTransport(size)
+        elif why := unfit(name, device):
+            log.warning("no KV transport %s: %s", name, why)
+        elif name == cuda.NAME:
+            try:
+                found[name] = cuda.CudaTransport(CudaMemory(torch.device(device)), host, size)
+            except OSError as error:
+                log.warning("no KV transport %s: %s", name, error)
         elif name == NCCL:
-            if missing := no_nccl(device):
-                log.warning("no NCCL: %s", missing)
-                continue
             if not is_loopback(bind):
                 log.warning("NCCL does not encrypt: KV blocks cross the network readable, and unproved")
             version = ".".join(map(str, nccl.version()))  # type: ignore[no-untyped-call]
@@ -67,12 +72,14 @@ def open_transports(
     return found
 
 
-def no_nccl(device: str) -> str:
-    """Why a worker on `device` cannot use NCCL; empty: it can."""
-    if not device.startswith("cuda"):
-        return "it moves blocks between CUDA devices only"
-    if not dist.is_nccl_available():
-        return "this torch has none"
+def unfit(name: str, device: str) -> str:
+    """Why a worker on `device` cannot use the transport `name`; empty: nothing is known against it."""
+    if name in (cuda.NAME, NCCL) and not device.startswith("cuda"):
+        return "it is for workers on CUDA devices"
+    if name == NCCL and not dist.is_nccl_available():
+        return "this torch has no NCCL"
+    if name == GLOO and not dist.is_gloo_available():
+        return "this torch has no gloo"
     return ""
 
 

@@ -27,8 +27,8 @@ from kvtransfer.transports.pairs import IDLE_S, Arriving, Pair
 from kvtransfer.transports.pool import BufferPool
 
 REBUILD_S = 10.0
-CLOSE_SLACK_S = 1.0
-"""A process must not end while torch waits on one of its threads."""
+SLACK_S = 0.5
+"""What a thread may need beyond the time that it waits for the other side, before a process ends without it."""
 MAX_PAIRS = 256
 """Groups that an endpoint is in at once, each way: each is a thread and some sockets."""
 _SEGMENT = re.compile(r"(.{1,255}:\d{1,5})/([0-9a-f]{32})")
@@ -90,7 +90,7 @@ class CollectiveTransport:
     def _pair(self, name: str, rank: int) -> Pair:
         address, _, group = name.rpartition("/")
         join = partial(Group, self._backend, address, group, rank, self._host, self._wait_s)
-        return Pair(name, join, IDLE_S if rank == SENDER else None, self._clock())
+        return Pair(name, join, IDLE_S if rank == SENDER else None, self._clock)
 
     def take(self, place: Place, size: int, frame: Payload | None) -> Landing:
         pair = self._receiver(place.segment)
@@ -100,7 +100,7 @@ class CollectiveTransport:
             pair.abandon("a parcel's message was lost, or is none")
             raise TransportFault(pair.failure)
         pair.next_number += 1
-        landing = Arriving(pair, self._pool.get(self._parcel_bytes), size, self._clock, self._clock() + self._wait_s)
+        landing = Arriving(pair, self._pool.get(self._parcel_bytes), size, self._clock, self._wait_s + SLACK_S)
         pair.put(landing.move)
         return landing
 
@@ -138,5 +138,5 @@ class CollectiveTransport:
         for pair in pairs:
             pair.abandon("this endpoint is closed")
         for pair in pairs:
-            pair.wait(self._wait_s + CLOSE_SLACK_S)
+            pair.wait(self._wait_s + SLACK_S)
         self._meeting = None

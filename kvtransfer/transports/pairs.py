@@ -28,14 +28,16 @@ Move = Callable[[Group], None]
 class Pair:
     """See the module."""
 
-    def __init__(self, name: str, join: Callable[[], Group], idle_s: float | None, began: float) -> None:
+    def __init__(self, name: str, join: Callable[[], Group], idle_s: float | None, clock: Callable[[], float]) -> None:
         self.name = name
-        self.began = began
+        self.began = self.moved_at = clock()
+        """When it was made, and when a parcel last moved."""
         self.next_number = 0
         """Of the parcels, counted on both sides: a parcel's message that was lost must not shift the ones after it."""
         self.failure = ""
         self.ended = False
         self._join = join
+        self._clock = clock
         self._idle_s = idle_s
         self._queue: queue.SimpleQueue[Move | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -67,6 +69,7 @@ class Pair:
             try:
                 while (move := self._next()) is not None:
                     move(group)
+                    self.moved_at = self._clock()
             finally:
                 group.abort()
         except RuntimeError as error:  # torch has no narrower one for what befalls a group
@@ -89,12 +92,13 @@ class Pair:
 class Arriving:
     """See `Landing`: a parcel that its sender was asked for, or will be."""
 
-    def __init__(self, pair: Pair, buffer: Bytes, size: int, clock: Callable[[], float], limit: float) -> None:
+    def __init__(self, pair: Pair, buffer: Bytes, size: int, clock: Callable[[], float], wait_s: float) -> None:
         self._pair = pair
         self._buffer = buffer
         self._size = size
         self._clock = clock
-        self._limit = limit
+        self._taken_at = clock()
+        self._wait_s = wait_s
         self._done = False
 
     def move(self, group: Group) -> None:
@@ -107,7 +111,7 @@ class Arriving:
             return self._buffer[: self._size].data.toreadonly()
         if self._pair.failure:
             raise TransportFault(self._pair.failure)
-        if self._clock() >= self._limit:
+        if self._clock() >= max(self._taken_at, self._pair.moved_at) + self._wait_s:  # the thread itself hangs
             self._pair.abandon("the peer did not send within the time for it")
             raise TransportFault(self._pair.failure)
         return None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvtransfer.messages import Place
@@ -17,6 +19,8 @@ from kvtransfer.transports import groups
 from kvtransfer.transports.base import Landing, Payload, Transport, TransportFault
 from kvtransfer.transports.choice import open_transports
 from kvtransfer.transports.collective import REBUILD_S, CollectiveTransport
+from kvtransfer.transports.groups import Group
+from kvtransfer.transports.pairs import Arriving, Pair
 from mesh.errors import StartupError
 from tests.kvtransfer.pairs import WALL_LIMIT_S, Clock, connected, content, name, transfer_id, wanted
 
@@ -192,6 +196,34 @@ def test_a_fetch_whose_group_hangs_falls_back_to_zeromq(tmp_path: Path, monkeypa
         assert pair.fetcher.blocks(transfer_id(1)) == {n: content(name(n)) for n in range(3)}
         assert set(pair.fetcher.endpoint.stats().bytes_in) == {"zmq"}
         pair.assert_nothing_left()
+
+
+class Motionless(Group):
+    """Joined at once, moves nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+
+def test_a_parcel_behind_others_has_its_time_from_the_last_that_moved() -> None:
+    clock = Clock()
+    pair = Pair("group", Motionless, None, clock)
+    landing = Arriving(pair, np.zeros(1, dtype=np.uint8), 1, clock, 4.0)
+    clock.now += 3
+    moved = threading.Event()
+    pair.put(lambda group: moved.set())
+    assert moved.wait(WALL_LIMIT_S)
+    while pair.moved_at < clock.now:
+        time.sleep(POLL_S)
+    clock.now += 3
+    assert landing.payload() is None
+    clock.now += 1
+    with pytest.raises(TransportFault):
+        landing.payload()
+    pair.wait(WALL_LIMIT_S)
 
 
 def test_a_parcel_whose_message_was_lost_does_not_shift_those_after_it() -> None:

@@ -13,12 +13,14 @@ import pytest
 from kvtransfer.endpoint import WantedChanged
 from kvtransfer.fetcher import PROBE_S
 from kvtransfer.messages import Place
-from kvtransfer.transports import groups
+from kvtransfer.transports import choice, groups
 from kvtransfer.transports.base import Landing, Payload, Posted, Transport, TransportFault
 from kvtransfer.transports.collective import CollectiveTransport
+from kvtransfer.transports.cuda import CudaTransport
 from kvtransfer.transports.inline import InlineTransport
 from kvtransfer.transports.local import Exchange, LocalTransport
 from kvtransfer.transports.shm import ShmTransport
+from tests.kvtransfer.hostmemory import HostMemory
 from tests.kvtransfer.pairs import LAYOUT, WALL_LIMIT_S, connected, content, name, transfer_id, wanted
 
 Ends = tuple[Transport, Transport]
@@ -32,6 +34,11 @@ def _local() -> Ends:
     return LocalTransport(exchange), LocalTransport(exchange)
 
 
+def _cuda() -> Ends:
+    memory = HostMemory()
+    return CudaTransport(memory, "here", SLOT_BYTES), CudaTransport(memory, "here", SLOT_BYTES)
+
+
 def _gloo() -> Transport:
     return CollectiveTransport(groups.gloo(), "here", "127.0.0.1", SLOT_BYTES)
 
@@ -41,11 +48,18 @@ MAKERS: dict[str, Callable[[], Ends]] = {
     "shm": lambda: (ShmTransport("here", SLOT_BYTES), ShmTransport("here", SLOT_BYTES)),
     "zmq": lambda: (InlineTransport(SLOT_BYTES), InlineTransport(SLOT_BYTES)),
     "gloo": lambda: (_gloo(), _gloo()),
+    "cuda": _cuda,
 }
-WAYS = ("local", "shm", "zmq-ipc", "gloo")
+WAYS = ("local", "shm", "zmq-ipc", "gloo", "cuda")
 """One route of every transport, for two endpoints."""
 SHARED = tuple(way for way in WAYS if not way.startswith("zmq"))
 """Those that are no more than a better way than the connection."""
+
+
+@pytest.fixture(autouse=True)
+def _no_device_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = HostMemory()
+    monkeypatch.setattr(choice, "CudaMemory", lambda device: memory)
 
 
 @pytest.fixture(params=MAKERS)
@@ -63,18 +77,18 @@ def posted(transport: Transport, *parts: Payload) -> Posted:
     return result
 
 
-def landed(payload: Payload | Landing) -> bytes:
+def landed(payload: Payload | Landing) -> Payload:
     """Asks until it is there, as an endpoint's loop does."""
     limit = time.monotonic() + WALL_LIMIT_S
     while not isinstance(payload, bytes | memoryview):
         assert time.monotonic() < limit, "neither bytes nor a fault"
         time.sleep(0.001)
         payload = payload.payload() or payload
-    return bytes(payload)
+    return payload
 
 
 def taken(transport: Transport, out: Posted, size: int) -> bytes:
-    return landed(transport.take(out.place, size, out.frame))
+    return bytes(landed(transport.take(out.place, size, out.frame)))
 
 
 def test_both_ends_say_that_they_reach_each_other(ends: Ends) -> None:
@@ -118,15 +132,16 @@ def test_a_wrong_place_is_a_fault(ends: Ends) -> None:
 def test_what_was_taken_does_not_change_with_what_is_sent_next(ends: Ends) -> None:
     sender, receiver = ends
     first = posted(sender, b"first")
-    payload = receiver.take(first.place, 5, first.frame)
+    payload = landed(receiver.take(first.place, 5, first.frame))
     sender.reclaim(first.place.slot, first.place.seq)
     for _ in range(5):
         posted(sender, b"other")
-    assert landed(payload) == b"first"
+    assert bytes(payload) == b"first"
 
 
 def test_nothing_is_put_into_a_place_before_it_is_reclaimed(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvtransfer.transports.shm.SEGMENT_BYTES", 4 * 4096)
+    monkeypatch.setattr("kvtransfer.transports.cuda.SLAB_BYTES", 4 * 3072)
     sender, receiver = ends
     outs = [sender.post([bytes([n]) * 50], LINK) for n in range(40)]
     full = [n for n, out in enumerate(outs) if out is None]
