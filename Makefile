@@ -2,6 +2,7 @@
 # make test  the same set-up, then all tests
 # make lint  ruff and mypy
 # make test-clients   other people's clients (langchain, guidellm, aiperf, lm-eval), each in an environment of its own
+# make bench-peers   our engine and service beside transformers' and vLLM's CPU build, which gets an environment of its own
 # make simulate   a simulated fleet with a million injected faults   (SIMULATE='--fresh --seconds 60': new seeds)
 # make fuzz  a million damaged frames for the decoders, 20,000 requests drawn from the API's own description, and as many
 #            to a real service
@@ -19,7 +20,7 @@ INSTALLED_DEV := $(VENV)/.kvmesh-installed-dev
 
 CLIENTS := $(patsubst tests/clients/requirements/%.txt,$(VENV)/clients/%,$(wildcard tests/clients/requirements/*.txt))
 
-.PHONY: up test test-clients simulate fuzz lint clean
+.PHONY: up test test-clients bench-peers simulate fuzz lint clean
 
 up: $(INSTALLED)
 	$(BIN)/kvmesh up $(FLAGS) $(MODEL)
@@ -29,6 +30,18 @@ test: $(INSTALLED_DEV)
 
 test-clients: $(INSTALLED_DEV) $(CLIENTS)
 	KVMESH_CLIENTS=$(VENV)/clients $(BIN)/python -m pytest tests/clients
+
+bench-peers: $(INSTALLED_DEV) $(VENV)/peers/vllm
+	$(BIN)/python -m benchmarks.peers --vllm $(VENV)/peers/vllm/bin/python
+	$(BIN)/python -m benchmarks.peers --vllm $(VENV)/peers/vllm/bin/python --dtype float32
+	$(BIN)/python -m benchmarks.serve --peers --large --streams 1,8 --vllm $(VENV)/peers/vllm/bin/python
+	$(BIN)/python -m benchmarks.serve --peers --large --interference --vllm $(VENV)/peers/vllm/bin/python
+
+$(VENV)/peers/vllm: benchmarks/peers/requirements-vllm.txt
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$@/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # not for this torch, and in its way
+	touch $@
 
 $(VENV)/clients/%: tests/clients/requirements/%.txt
 	$(PYTHON) -m venv $@
