@@ -149,5 +149,7 @@ class DoctorSettings:
 
     store: str = _flag("a store to ask: redis://HOST:PORT/DB", "")
     keys: str = _flag("directory of the fleet's keys, to look at them too", "")
+    transport: str = _flag("the workers' --transport: which of the links they would use", "shm,zmq")
+    device: str = _flag("the workers' --device", "cpu")
     mib: int = _flag("how much each link moves per round", 64, minimum=1, maximum=4096)
     json: bool = _flag("print one JSON object", False)
