@@ -119,6 +119,8 @@ class Registration:
     """Incarnations whose requests must go elsewhere: older ones, or this one when it registers anew."""
     forgotten: tuple[Place, ...] = ()
     """Of these, the ones that are over."""
+    converts: str = ""
+    """What the worker converts of blocks from a worker with another KV layout, where there is one."""
 
 
 class WorkerPool:
@@ -178,6 +180,7 @@ class WorkerPool:
         known = self._workers.get(place)
         if known is not None:
             return self._register_again(known, now, moved)
+        converts = self._converts(info)
         older = tuple([p for p in self._workers if p.worker_id == info.worker_id])
         for p in older:
             self.forget(p, now)
@@ -187,7 +190,7 @@ class WorkerPool:
         self._bound_fences()
         self._digest = info.model_digest
         self._refresh_facts()
-        return Registration(True, lost=older, forgotten=older)
+        return Registration(True, lost=older, forgotten=older, converts=converts)
 
     def _register_again(self, worker: Worker, now: float, moved: bool) -> Registration:
         """Only a worker whose connection or lease broke says `Register` twice: what it had been sent, or had said, may
@@ -207,6 +210,13 @@ class WorkerPool:
         if others and info.model_digest != self._digest:
             return f"{info.worker_id} serves another model ({info.model}) than the workers before it"
         return next((why for other in others if (why := _strangers(info, other.info))), "")
+
+    def _converts(self, info: WorkerInfo) -> str:
+        for other in self._workers.values():
+            conversions = info.layout.taking(other.info.layout).conversions
+            if conversions:
+                return f"{', '.join(conversions)} (of {other.info.worker_id})"
+        return ""
 
     def _refresh_facts(self) -> None:
         infos = [w.info for w in self._workers.values()]

@@ -174,7 +174,9 @@ def test_a_worker_that_does_not_fit_the_others_is_refused(
         asyncio.run(scenario())
 
 
-def test_workers_that_can_convert_each_others_blocks_serve_together(tmp_path: Path) -> None:
+def test_workers_that_can_convert_each_others_blocks_serve_together(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as mesh:
             first = await mesh.worker("d0", "decode")
@@ -185,7 +187,9 @@ def test_workers_that_can_convert_each_others_blocks_serve_together(tmp_path: Pa
             assert mesh.fleet.pool.block_sizes == (4, 16)
             assert mesh.fleet.pool.token_bytes == first.info.layout.token_bytes
 
-    asyncio.run(scenario())
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(scenario())
+    assert "d2 converts KV blocks: dtype float32 -> bfloat16 (of d0)" in caplog.text
 
 
 def test_a_layout_that_is_none_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
