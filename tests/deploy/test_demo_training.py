@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from deploy.demo_model.train.conversations import Conversation, turned
 from deploy.demo_model.train.examples import Example
+from deploy.demo_model.train.hints import Sentences
 from deploy.demo_model.train.muon import orthogonalised
 from deploy.demo_model.train.network import (
     Network,
@@ -37,6 +40,7 @@ from deploy.demo_model.train.train import (
     Trainer,
     packed,
 )
+from deploy.demo_model.train.words import Split, Words
 
 PAD, BOS = 0, 1
 SHAPE = Shape(vocab=16, hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2, head_dim=8)
@@ -191,3 +195,46 @@ def test_a_run_can_start_from_written_weights(tmp_path: Path) -> None:
         assert torch.equal(ours.to(torch.bfloat16), theirs.to(torch.bfloat16))
     with pytest.raises(ValueError, match="shape"):
         read_weights(Network(replace(SHAPE, intermediate=32)), tmp_path)
+
+
+def test_a_deeper_network_begins_as_the_shallower_one(tmp_path: Path) -> None:
+    made, deeper = Network(SHAPE), Network(replace(SHAPE, layers=4))
+    for network in (made, deeper):
+        network.initialise(torch.Generator().manual_seed(1))
+    write_model(made, tmp_path, {})
+    read_weights(made, tmp_path)
+
+    read_weights(deeper, tmp_path)
+
+    ids = torch.randint(0, 16, (2, 8), generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(deeper.logits(ids), made.logits(ids))
+    with pytest.raises(ValueError, match="layers"):
+        read_weights(Network(replace(SHAPE, layers=1)), tmp_path)
+
+
+def test_sentences_begin_behind_an_end_and_a_blank() -> None:
+    sentences = Sentences(ends=torch.tensor([4, 5]), blanks=torch.tensor([6]))
+    ids = torch.tensor([[1, 9, 4, 6, 9, 9, 6, 5, 9], [1, 5, 6, 4, 6, 7, 4, 4, 6]])
+    assert sentences.starts(ids).tolist() == [[0, 0, 0, 0, 4, 4, 4, 4, 4], [0, 0, 0, 3, 3, 5, 5, 5, 5]]
+
+
+def test_a_head_learns_to_look_where_it_is_shown() -> None:
+    recipe = replace(RECIPE, hint_layer=1, hint_weight=1.0)
+    # what stands behind the 2 that ends the first half begins a sentence, and so does the row
+    sentences = Sentences(ends=torch.arange(3, 16), blanks=torch.tensor([2]))
+    shown = Trainer(Network(SHAPE), recipe, lambda: DirectSource(recipe, copies), sentences)
+    shown.step()
+    before = shown.tally.hint
+    for _ in range(20):
+        shown.step()
+    assert shown.tally.hint < 0.7 * before
+
+
+def test_turned_facts_have_their_values_first() -> None:
+    made = Conversation("turned")
+    turned(Words(random.Random(3), Split.TRAIN), made, 240)
+    text, *answers = (message["content"] for message in made.messages if message["role"] in ("user", "assistant"))
+    assert len(made.messages) >= 4
+    for answer in answers[::2]:
+        value = re.split(r" is | belongs to ", answer.rstrip("."), maxsplit=1)[1]
+        assert re.search(rf"(^|[ \n]){re.escape(value)} (is|owns) ", text)

@@ -42,8 +42,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from deploy.demo_model.train.examples import MODEL_DIR, Example, examples
+from deploy.demo_model.train.hints import LONGEST_ROW, Sentences, pointing_loss
 from deploy.demo_model.train.muon import Adam, Muon, Optimizer, split
-from deploy.demo_model.train.network import Network, Shape, read_weights, write_model
+from deploy.demo_model.train.network import Layer, Network, Places, Shape, read_weights, write_model
 
 AHEAD = 6
 """Batches that are ordered before they are needed."""
@@ -78,10 +79,9 @@ STAGES = (
     Stage(10_000_000, 0.25, ((4096, 3, 0.4), (1024, 8, 0.35), (256, 32, 0.25)), 4),
 )
 WARM_STAGES = (
-    Stage(8_000_000, 0.28, ((256, 32, 0.85), (1024, 8, 0.15)), 31),
-    Stage(10_000_000, 0.34, ((256, 32, 0.9), (1024, 8, 0.1)), 34),
-    Stage(6_000_000, 0.2, ((256, 32, 0.4), (512, 16, 0.15), (1024, 8, 0.3), (4096, 3, 0.15)), 32),
-    Stage(6_000_000, 0.18, ((256, 32, 0.3), (512, 16, 0.15), (1024, 8, 0.3), (4096, 3, 0.25)), 33),
+    Stage(8_000_000, 0.5, ((256, 32, 0.9), (1024, 8, 0.1)), 41),
+    Stage(4_000_000, 0.25, ((256, 32, 0.45), (512, 16, 0.15), (1024, 8, 0.25), (4096, 3, 0.15)), 42),
+    Stage(4_000_000, 0.25, ((256, 32, 0.3), (512, 16, 0.15), (1024, 8, 0.3), (4096, 3, 0.25)), 43),
 )
 """Of a run that starts with trained weights. Only what short rows hold more of is learned from these first."""
 
@@ -102,6 +102,9 @@ class Recipe:
     decay: float = 0.9
     clip: float = 1.0
     micro_tokens: int = 4096
+    hint_layer: int = -1
+    """Whose first head is shown where to look; -1: none."""
+    hint_weight: float = 0.2
     pad: int = 0
 
     @property
@@ -288,6 +291,8 @@ class Tally:
     loss: float = 0.0
     hits: int = 0
     norm: float = 0.0
+    hint: float = 0.0
+    """The latest."""
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -298,8 +303,11 @@ class Tally:
 class Trainer:
     """One step after the other; everything that a checkpoint must hold."""
 
-    def __init__(self, network: Network, recipe: Recipe, make_source: Callable[[], Source]) -> None:
-        self.network, self.recipe = network, recipe
+    def __init__(
+        self, network: Network, recipe: Recipe, make_source: Callable[[], Source], sentences: Sentences | None = None
+    ) -> None:
+        """`sentences`: for `hint_layer`."""
+        self.network, self.recipe, self._sentences = network, recipe, sentences
         network.initialise(torch.Generator().manual_seed(recipe.seed))
         matrices, others = split(network.named_parameters())
         self.optimizer = Optimizer(
@@ -353,7 +361,20 @@ class Trainer:
             self._micro_step(ids[part], targets[part], weights[part], kinds[part])
 
     def _micro_step(self, ids: Tensor, targets: Tensor, weights: Tensor, kinds: Tensor) -> None:
-        loss, each, right = self.network.loss(ids, targets, weights)
+        hints: list[Tensor] = []
+        if self._sentences is None or ids.shape[1] > LONGEST_ROW:
+            loss, each, right = self.network.loss(ids, targets, weights)
+        else:
+            starts = self._sentences.starts(ids.cpu()).to(ids.device)
+
+            def watch(number: int, layer: Layer, x: Tensor, places: Places) -> None:
+                if number == self.recipe.hint_layer:
+                    hints.append(pointing_loss(layer, x, places, starts, self.network.dtype))
+
+            loss, each, right = self.network.loss(ids, targets, weights, watch)
+            # the micro steps of a step together weigh as much as one
+            loss = loss + self.recipe.hint_weight * weights.sum() * hints[0]
+            self.tally.hint = float(hints[0].detach())
         loss.backward()  # type: ignore[no-untyped-call]
         trained = kinds.flatten() == TRAINED
         self.tally.trained += int(trained.sum())
@@ -435,7 +456,7 @@ class Reporter:
         return (
             f"step {steps}  stage {cursor.stage + 1}  {cursor.tokens / 1e6:.2f} M tokens  {tally.speed:.0f} tokens/s  "
             f"loss {tally.loss / count:.4f}  accuracy {tally.hits / count:.4f}  "
-            f"rate x{trainer.recipe.rate_scale(fraction, steps):.3f}  norm {tally.norm:.2f}  "
+            f"hint {tally.hint:.3f}  rate x{trainer.recipe.rate_scale(fraction, steps):.3f}  norm {tally.norm:.2f}  "
             f"{fraction:.1%}  left {max(0.0, left) / 60:.1f} min"
         )
 
@@ -507,6 +528,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--decay", type=float, default=recipe.decay, help="share of the plan in which the rate falls (0.9)")
     add("--clip", type=float, default=recipe.clip, help="largest gradient norm (1)")
     add("--micro-tokens", type=int, default=recipe.micro_tokens, help="positions of a forward pass (4096)")
+    add("--hint-layer", type=int, default=recipe.hint_layer, help="shows a head of this layer where to look (none)")
+    add("--hint-weight", type=float, default=recipe.hint_weight, help="of its attention's loss (0.2)")
     add("--checkpoint-minutes", type=float, default=3.0)
     add("--threads", type=int, default=2)
     add("--device", default="auto", help="cpu, cuda or auto")
@@ -531,7 +554,8 @@ def _set_up(options: argparse.Namespace) -> tuple[Trainer, Callable[[], None], P
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     network = Network(shape, getattr(torch, options.dtype), options.compile).to(device)
     source = ProcessSource(recipe, partial(examples, folder=options.tokenizer))
-    trainer = Trainer(network, recipe, lambda: source)
+    sentences = Sentences.of(options.tokenizer) if recipe.hint_layer >= 0 else None
+    trainer = Trainer(network, recipe, lambda: source, sentences)
 
     def export() -> None:
         write_model(network, options.output / "model", tokens)
