@@ -117,6 +117,11 @@ class Fetcher:
     def num_transfers(self) -> int:
         return len(self._by_transfer)
 
+    def queued(self, peer: Peer) -> int:
+        """Blocks that are awaited from `peer`."""
+        link = self._links.get((peer.kv_address, peer.incarnation))
+        return 0 if link is None else sum(t.pending.bit_count() for t in link.state.transfers.values())
+
     def next_deadline(self) -> float:
         nearest = [
             fetching.next_deadline(link.state) if link.state.transfers else link.idle_since + LINK_IDLE_S

@@ -58,6 +58,16 @@ class Peer:
 
 
 @dataclass(frozen=True, slots=True)
+class KvHolder:
+    """A worker that is thought to have the beginning of a prompt. It may have less: residency is a hint."""
+
+    peer: Peer
+    tokens: int
+    load: int
+    """Requests running, waiting or fetching there."""
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """A worker's state at its last step; all counts are requests, blocks or tokens."""
 
