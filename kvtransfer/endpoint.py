@@ -244,6 +244,7 @@ class KvEndpoint:
             self._events.clear()
             for event in fresh:
                 events += self._gatherer.told(event)
+            events += self._gatherer.settle()
         return events
 
     def _check_fetch(self, transfer_id: bytes, wanted: Sequence[Wanted]) -> None:

@@ -44,7 +44,7 @@ class Gather:
     began: float
     deadline: float
     state: Gathering
-    parts: set[bytes] = field(default_factory=set)
+    parts: list[bytes] = field(default_factory=list)
     """Transfers that have not ended."""
     num_parts: int = 0
     num_bytes: int = 0
@@ -74,6 +74,7 @@ class Gatherer:
         self._pace = Pace(host, layout)
         self._gathers: dict[bytes, Gather] = {}
         self._parts: dict[bytes, Part] = {}
+        self._unsettled: list[Gather] = []
 
     def gather(
         self,
@@ -135,12 +136,23 @@ class Gatherer:
             return (BlockArrived(gather.transfer_id, event.index, event.payload),)
         if isinstance(event, Noted):
             return (Noted(gather.transfer_id, event.payload),) if part.noted else ()
-        return self._part_ended(part, event)
+        self._part_ended(part, event)
+        return ()
 
-    def _part_ended(self, part: Part, event: FetchEnded) -> Sequence[Event]:
+    def settle(self) -> list[Event]:
+        """Asks on where parts have ended, after all that is known of their ends was told; the ends of fetches."""
+        ended: list[Event] = []
+        for gather in self._unsettled:
+            self._ask(gather)
+            if not gather.parts:
+                ended.append(self._end(gather))
+        self._unsettled.clear()
+        return ended
+
+    def _part_ended(self, part: Part, event: FetchEnded) -> None:
         gather, failed = part.gather, event.outcome != "ok"
         del self._parts[event.transfer_id]
-        gather.parts.discard(event.transfer_id)
+        gather.parts.remove(event.transfer_id)
         gather.num_bytes += event.num_bytes
         gather.corrupt += event.corrupt
         if not gather.stream or part.number:
@@ -151,8 +163,10 @@ class Gatherer:
                 gather.outcome = event.outcome
         missing = mask_of(event.missing)
         gather.state = gathering.ended(gather.state, part.number, part.asked, missing, failed=failed)
-        self._ask(gather)
-        return () if gather.parts else (self._end(gather),)
+        if self._clock() >= gather.deadline:
+            gather.state = gathering.stopped(gather.state)
+        if gather not in self._unsettled:
+            self._unsettled.append(gather)
 
     def _ask(self, gather: Gather, *, first: bool = False) -> None:
         """Asks for everything that is on its way from nobody, as it is thought to come soonest."""
@@ -167,7 +181,7 @@ class Gatherer:
             part = blake2b(
                 gather.transfer_id + gather.num_parts.to_bytes(8, "little"), digest_size=TRANSFER_ID_BYTES
             ).digest()
-            gather.parts.add(part)
+            gather.parts.append(part)
             self._parts[part] = Part(gather, number, mask, noted)
             self._fetcher.fetch(
                 part,

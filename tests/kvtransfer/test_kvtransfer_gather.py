@@ -11,7 +11,7 @@ import zmq
 
 from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted
 from kvtransfer.pace import MEASURED_BYTES, Pace
-from kvtransfer.protocol import Wanted
+from kvtransfer.protocol import LEASE_GIVE_UP_S, Wanted
 from kvtransfer.sockets import Context
 from mesh.messages import KvHolder, Peer
 from tests.kvtransfer.pairs import LAYOUT, Clock, Pair, Side, content, make_side, name, transfer_id, wanted
@@ -224,3 +224,15 @@ def test_a_pace_is_what_was_measured_and_a_load_delays() -> None:
     busy = KvHolder(near.peer, 0, 30)
     assert pace.cost(busy, 0).ready_s > pace.cost(near, 0).ready_s
     assert pace.cost(near, 100).ready_s == pytest.approx(pace.cost(near, 0).ready_s + 100 * pace.cost(near, 0).block_s)
+
+
+def test_of_holders_that_fail_at_once_none_is_asked_for_what_another_leaves(tmp_path: Path) -> None:
+    with among(tmp_path, 3) as (pair, (a, b, c)):
+        for side in (a, b, c):
+            side.answers = False
+        gather(pair, claims((a, 20), (b, 40)), wanted(range(40)), c)
+        pair.run(lambda: all(s.endpoint.stats().serving == 1 for s in (a, b, c)))
+        pair.clock.now += LEASE_GIVE_UP_S
+        ended = pair.finish(T)
+        assert (ended.outcome, len(ended.missing)) == ("peer_lost", 40)
+        assert pair.fetcher.endpoint.stats().ended == {"peer_lost": 3}

@@ -5,13 +5,15 @@ from __future__ import annotations
 from decode.role import DecodeRole
 from engine.step import Missing
 from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted
-from mesh.messages import Abort, Refused
-from tests.worker.role_fakes import Bench, decode_message
+from mesh.messages import Abort, KvHolder, Refused
+from tests.worker.role_fakes import DECODE, OTHER, SOURCE, Bench, decode_message
 from worker.firsttoken import FirstToken
 from worker.steploop import Expected, Rejected
 
 KEY = "r#1"
 BLOCKS = tuple(Missing(i, bytes([i]) * 16, 4 if i < 2 else 2) for i in range(3))
+
+HOLDERS = (KvHolder(DECODE, 4, 0), KvHolder(OTHER, 8, 3))
 
 
 def fetching(bench: Bench, limit: int = 4) -> tuple[DecodeRole, bytes]:
@@ -19,7 +21,7 @@ def fetching(bench: Bench, limit: int = 4) -> tuple[DecodeRole, bytes]:
     role = DecodeRole(bench.parts)
     role.assign(bench.proxy, decode_message(limit=limit))
     role.expected(Expected(KEY, BLOCKS))
-    return role, bench.kv.named("fetch")[0][0]
+    return role, bench.kv.named("gather")[0][0]
 
 
 def ended(transfer_id: bytes, outcome: str = "ok") -> FetchEnded:
@@ -30,6 +32,37 @@ def test_without_a_source_the_engine_computes_the_prompt() -> None:
     bench = Bench()
     DecodeRole(bench.parts).assign(bench.proxy, decode_message(source=None))
     assert [request.key for (request,) in bench.loop.named("add")] == [KEY]
+
+
+def test_a_fetch_goes_to_the_source_and_to_the_holders() -> None:
+    bench = Bench()
+    role = DecodeRole(bench.parts)
+    role.assign(bench.proxy, decode_message(holders=HOLDERS))
+    role.expected(Expected(KEY, BLOCKS))
+    ((_, attempt, maker, stream, holders, wanted, left),) = bench.kv.named("gather")
+    assert (attempt, maker, stream, holders, left) == (1, SOURCE, KEY, HOLDERS, 60.0)
+    assert [(w.index, w.name, w.valid_tokens) for w in wanted] == [(m.index, m.hash, m.valid_tokens) for m in BLOCKS]
+
+
+def test_without_a_source_holders_are_fetched_from_and_need_not_have_all() -> None:
+    bench = Bench()
+    role = DecodeRole(bench.parts)
+    role.assign(bench.proxy, decode_message(source=None, holders=HOLDERS, limit=10))
+    role.expected(Expected(KEY, BLOCKS))
+    ((transfer, _, maker, stream, holders, *_),) = bench.kv.named("gather")
+    assert (maker, stream, holders) == (None, "", HOLDERS)
+    role.transferred([BlockArrived(transfer, 0, bytes(16)), ended(transfer)])
+    assert bench.loop.named("ready") == [(KEY, ())]
+    assert bench.counted("kvmesh_recomputed_tokens_total") == 0
+
+
+def test_without_a_source_a_fully_cached_prompt_fetches_nothing() -> None:
+    bench = Bench()
+    role = DecodeRole(bench.parts)
+    role.assign(bench.proxy, decode_message(source=None, holders=HOLDERS))
+    role.expected(Expected(KEY, ()))
+    assert bench.kv.named("gather") == []
+    assert bench.loop.named("ready") == [(KEY, ())]
 
 
 def test_arrived_blocks_and_the_noted_token_start_the_request() -> None:
@@ -54,7 +87,7 @@ def test_a_noted_token_that_fills_the_context_here_is_generated_again() -> None:
     role = DecodeRole(bench.parts)
     role.assign(bench.proxy, decode_message(tokens=bench.parts.max_model_len - 1))
     role.expected(Expected(KEY, BLOCKS))
-    transfer = bench.kv.named("fetch")[0][0]
+    transfer = bench.kv.named("gather")[0][0]
     blocks = [BlockArrived(transfer, i, bytes(16)) for i in range(3)]
     role.transferred([Noted(transfer, FirstToken(0, 42, None).pack()), *blocks, ended(transfer)])
     assert bench.loop.named("ready") == [(KEY, ())]
@@ -176,6 +209,6 @@ def test_a_fully_cached_prompt_starts_at_once_and_still_frees_its_holder() -> No
     role = DecodeRole(bench.parts)
     role.assign(bench.proxy, decode_message())
     role.expected(Expected(KEY, ()))
-    (transfer, *_), *_ = bench.kv.named("fetch")
+    (transfer, *_), *_ = bench.kv.named("gather")
     role.transferred([ended(transfer)])
     assert bench.loop.named("ready") == [(KEY, ())]
