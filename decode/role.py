@@ -214,6 +214,7 @@ class DecodeRole:
             transfer_s=job.transfer_s,
             transfer_bytes=job.transfer_bytes,
             overlap_bytes=job.bytes_before_first,
+            reused_tokens=request.num_cached_tokens + (request.num_fetched_tokens if job.source is None else 0),
         )
         self._parts.metrics.prompt(report)
         return report

@@ -110,6 +110,8 @@ class PrefillReport:
     transfer_bytes: int
     overlap_bytes: int
     """Bytes of `transfer_bytes` that arrived before the prefill's first token did."""
+    reused_tokens: int
+    """Cached or fetched ones, but for those fetched from where they were computed for this very request."""
 
 
 @dataclass(slots=True)

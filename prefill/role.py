@@ -108,6 +108,7 @@ class PrefillRole:
             transfer_s=job.transfer_s,
             transfer_bytes=job.transfer_bytes,
             overlap_bytes=0,
+            reused_tokens=request.num_cached_tokens + request.num_fetched_tokens,
         )
         self._parts.metrics.prompt(report)
         self._parts.replies.token(job, out, finish, report)

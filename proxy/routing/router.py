@@ -47,8 +47,8 @@ BUSY_KV_SHARE = 0.6
 MAX_HOLDERS = 4
 """Workers that one worker is told to fetch from: more would share what a few bring as soon, and each is a transfer."""
 RECOMPUTE_TOKENS = 2048
-"""Tokens that a decode worker computes itself when blocks do not arrive; above it the request is routed
-anew."""
+"""Tokens that a decode worker computes itself when blocks do not arrive, beside those that it was to compute anyway;
+above it the request is routed anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +204,7 @@ def _plan(ask: _Ask, decode: Candidate, feeder: Candidate | None, here_only: boo
     cost = base + ask.seconds(remainder, decode) * (LAMBDA + decode.live)
     if holder is None:
         return Plan(decode.place, None, (), ask.tokens, uncached, remainder, cost)
-    limit = ask.tokens if feeder is None else RECOMPUTE_TOKENS
+    limit = ask.tokens if feeder is None else remainder + RECOMPUTE_TOKENS
     cost += LAMBDA * (HANDOFF_S + ask.moved(decode))  # it occupies the holder and a second cache
     return Plan(decode.place, None, _residents(ask, decode), limit, uncached, remainder, cost)
 

@@ -14,7 +14,7 @@ from mesh.messages import Abort, BlockEvents, Decode, Goodbye, KvHolder, Peer, P
 from proxy.routing.admission import RETRY_FLOOR
 from tests.proxy.fake_worker import LAYOUT, FakeWorker, collect, request, running, tokens_of
 
-REPORT = PrefillReport(2, 0, 1, 0.0, 0.0, 0.0, 0, 0)
+REPORT = PrefillReport(0, 2, 1, 0.0, 0.0, 0.0, 0, 0, 2)
 
 
 def test_a_prompt_is_computed_and_decoded_by_one_worker(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from proxy.routing.place import Place
 
 P, P2 = Place("p0", 1), Place("p1", 1)
 D, D2 = Place("d0", 1), Place("d1", 1)
-REPORT = PrefillReport(3, 0, 5, 0.0, 0.0, 0.0, 0, 0)
+REPORT = PrefillReport(3, 0, 5, 0.0, 0.0, 0.0, 0, 0, 3)
 
 
 def delta(

@@ -217,6 +217,14 @@ def test_a_hand_over_is_limited_in_what_may_be_recomputed() -> None:
     assert plan(9000, decode("d0"), prefill("p0")).recompute_limit == RECOMPUTE_TOKENS
 
 
+def test_what_no_holder_has_is_no_recomputation() -> None:
+    fast = {"tokens_per_s": 1e5}
+    d, other = decode("d0", **fast), decode("d1", cached_tokens=4000, live=64, **fast)
+    result = plan(9000, d, other, prefill("p0", owed_tokens=10**9, **fast))
+    assert (result.decode, result.source, result.computed_tokens) == (d.place, None, 5000)
+    assert result.recompute_limit == 5000 + RECOMPUTE_TOKENS
+
+
 def test_ties_go_to_the_first_name_whatever_the_order() -> None:
     workers = [decode("d0"), decode("d1"), decode("d2"), prefill("p0"), prefill("p1")]
     for order in permutations(workers):

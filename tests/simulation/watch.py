@@ -40,6 +40,7 @@ class Gathered:
     """Blocks that each is thought to have."""
     made: bool
     """By one of them, who says the first token too."""
+    deadline: float
     asked: dict[bytes, tuple[Peer, frozenset[int]]] = field(default_factory=dict)
     """Its parts that have not ended."""
     arrived: set[int] = field(default_factory=set)
@@ -141,7 +142,8 @@ class Watch:
         claims = {h.peer: h.tokens // BLOCK_TOKENS for h in holders} | ({maker: MAX_INDEX} if maker else {})
         if any(peer.incarnation == self._host.incarnation for peer in claims):
             raise Violation(f"{self._host.name} is told to fetch from itself")
-        self._gathers[transfer_id] = Gathered({w.index: w.name for w in wanted}, claims, maker is not None)
+        names, deadline = {w.index: w.name for w in wanted}, self._host.clock() + deadline_s
+        self._gathers[transfer_id] = Gathered(names, claims, maker is not None, deadline)
         self._gather(transfer_id, attempt, maker, stream, holders, wanted, deadline_s)
 
     def fetch(
@@ -282,7 +284,7 @@ class Watch:
             raise Violation(f"{self._host.name}: a fetch ends before its parts")
         if event.outcome == "aborted":
             return
-        for index in event.missing:
+        for index in event.missing if self._host.clock() < gathered.deadline else ():
             if forgotten := gathered.not_asked(index):
                 raise Violation(f"{self._host.name} gives block {index} up and has not asked {forgotten} for it")
         if self._calm and gathered.made and event.transfer_id not in self._noted:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
+
 from decode.role import DecodeRole
-from engine.step import Missing
+from engine.request import EngineRequest
+from engine.step import Missing, StepOutput, TokenOut
 from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted
-from mesh.messages import Abort, KvHolder, Refused
+from mesh.messages import Abort, KvHolder, Peer, Refused
+from mesh.params import SamplingParams
 from tests.worker.role_fakes import DECODE, OTHER, SOURCE, Bench, decode_message
 from worker.firsttoken import FirstToken
-from worker.steploop import Expected, Rejected
+from worker.steploop import Expected, Rejected, Stepped
 
 KEY = "r#1"
 BLOCKS = tuple(Missing(i, bytes([i]) * 16, 4 if i < 2 else 2) for i in range(3))
@@ -202,6 +206,19 @@ def test_what_the_engine_cannot_fit_is_refused() -> None:
     role.rejected(Rejected(KEY, "no_memory", "too big"))
     assert [m.code for m in bench.link.sent] == ["no_memory"]
     assert bench.counted("kvmesh_refused_requests_total", code="no_memory") == 1
+
+
+@pytest.mark.parametrize(("source", "reused"), [(SOURCE, 2), (None, 8)])
+def test_what_was_computed_for_the_request_elsewhere_is_not_reused(source: Peer | None, reused: int) -> None:
+    bench = Bench()
+    role = DecodeRole(bench.parts)
+    role.assign(bench.proxy, decode_message(source=source, holders=HOLDERS))
+    request = EngineRequest(KEY, list(range(11)), 10, SamplingParams(max_tokens=8), b"root")
+    request.num_cached_tokens, request.num_fetched_tokens = 2, 6
+    role.stepped(Stepped(StepOutput((TokenOut(request, 0, 5, None, None),), (), (), (), 10), 0.1, ()))
+    bench.replies.flush()
+    report = bench.link.sent[0].deltas[0].report
+    assert (report.cached_tokens, report.fetched_tokens, report.reused_tokens) == (2, 6, reused)
 
 
 def test_a_fully_cached_prompt_starts_at_once_and_still_frees_its_holder() -> None:

@@ -156,7 +156,7 @@ def test_what_is_fetched_is_told_to_the_proxy() -> None:
     role.stepped(event)
     bench.replies.flush()
     report = bench.link.sent[0].deltas[0].report
-    assert (report.cached_tokens, report.fetched_tokens, report.computed_tokens) == (0, 4, 6)
+    assert (report.cached_tokens, report.fetched_tokens, report.computed_tokens, report.reused_tokens) == (0, 4, 6, 4)
     assert (report.transfer_s, report.transfer_bytes) == (0.25, 16)
 
 
