@@ -11,6 +11,7 @@ of its steps, is what of the transfer is exposed. Both ways must give the same t
 from __future__ import annotations
 
 import argparse
+import random
 import secrets
 import statistics
 import subprocess
@@ -27,7 +28,7 @@ from typing import Any
 import zmq
 
 from benchmarks.measure import machine, table
-from benchmarks.serve import make_model, prompt_of
+from benchmarks.servers import VOCAB, make_model
 from mesh import wire
 from mesh.messages import Decode, Peer, Prefill, ProxyBeat, Register, TokenBatch, TokenDelta, Welcome, WorkerInfo
 from mesh.params import SamplingParams
@@ -160,7 +161,7 @@ def main() -> None:
         proxy.wait_for(2)
         times: dict[bool, list[Timed]] = {True: [], False: []}
         for number in range(options.rounds + 1):
-            prompt = prompt_of(0, number, options.prompt)
+            prompt = random.Random(number).choices(range(VOCAB), k=options.prompt)
             for way in (True, False):
                 times[way].append(request(proxy, prompt, overlapped=way))
             if times[True][-1].tokens != times[False][-1].tokens:

@@ -67,8 +67,8 @@ class DecodeRole:
         self._by_transfer: dict[bytes, DecodeJob] = {}
 
     @property
-    def busy(self) -> bool:
-        return bool(self._jobs)
+    def num_jobs(self) -> int:
+        return len(self._jobs)
 
     def assign(self, link: ProxyLink, message: Prefill | Decode) -> None:
         now = self._parts.clock()

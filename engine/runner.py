@@ -19,9 +19,7 @@ from engine.model.weights import Checkpoint, Progress
 from engine.request import EngineRequest
 from engine.sampler import prompt_logprobs, sample
 from engine.step import Row, Sampled
-from kernels.attention import Workspace
 from kernels.blocks import allocate_pool, read_block, write_block
-from kernels.ragged import build_metadata
 from mesh.errors import EXIT_ENVIRONMENT, EXIT_MEMORY, EXIT_USAGE, StartupError
 from mesh.layout import KvLayout
 from mesh.messages import TokenLogprob
@@ -53,10 +51,10 @@ class ModelRunner:
         self.digest = digest
         self._model = model
         self._device = device
-        self._windows = sorted(set(config.windows))
         with torch.inference_mode():
             self._pool = _allocate_pool(layout, num_blocks, device)
-            self._workspace = Workspace(self._pool.dtype, device)
+            windows = sorted(set(config.windows))
+            self._build_metadata = model.ops.metadata_builder(self._pool, config.num_heads, windows)
 
     @staticmethod
     def load(
@@ -102,7 +100,7 @@ class ModelRunner:
         if sampling:
             last = [starts[i] + rows[i].num_tokens - 1 for i in sampling]
             logits = self._model.logits(hidden.index_select(0, self._ints(last)))
-            drawn = sample(logits, [rows[i].request for i in sampling])
+            drawn = sample(logits, [rows[i].request for i in sampling], self._model.ops.draw)
             for i, one in zip(sampling, drawn, strict=True):
                 results[i] = Sampled(one.token, one.logprob, prompt[i], one.failure)
         return results
@@ -122,13 +120,10 @@ class ModelRunner:
         # Neighbours of like length share an attention batch.
         order = sorted(range(len(rows)), key=lambda i: (rows[i].num_tokens, _kv_tokens(rows[i])))
         ordered = [rows[i] for i in order]
-        metadata = build_metadata(
+        metadata = self._build_metadata(
             [row.num_tokens for row in ordered],
             [_kv_tokens(row) for row in ordered],
             [row.request.block_table for row in ordered],
-            self._pool,
-            self._windows,
-            self._workspace,
         )
         tokens = self._ints(list(chain.from_iterable(_tokens(row) for row in ordered)))
         starts = [0] * len(rows)

@@ -1,8 +1,7 @@
 """From logits to tokens, for many requests at once.
 
     logits ─ penalties ─ logit_bias ─ min_tokens ─ bad_words ─ allowed_token_ids ─ grammar ─┬─ log-probabilities
-                                                                                            └─ draw
-    draw: temperature ─ top_k ─ top_p ─ min_p
+                                                                                            └─ draw (kernels.sampling)
 
 A row's result depends on its logits, its params and its tokens only, never on the rows beside it: the random number is
 a pure function of (seed, choice, position), sums run over token ids in order, and ties are settled by token id.
@@ -19,13 +18,10 @@ from torch import Tensor
 
 from engine.request import EngineRequest
 from engine.step import Sampled
+from kernels.sampling import Draw, Draws, draw
 from mesh.errors import GrammarError
 from mesh.messages import TokenLogprob
 
-DRAW_ELEMENTS = 1 << 23
-"""Elements of the float64 work space of one draw (64 MiB); more rows are drawn in turns."""
-TOP_P_CANDIDATES = 1024
-"""Tried before a full sort: nearly every nucleus is smaller."""
 MASKS_S = 0.5
 """Processor time for the masks of one step. A batch of JSON takes a hundredth; with more than this, every stream of
 the worker would stutter, so requests with slow grammars end."""
@@ -33,7 +29,7 @@ SLOW_MASK_S = 0.005
 MASK = (1 << 64) - 1
 
 
-def sample(logits: Tensor, requests: Sequence[EngineRequest]) -> list[Sampled]:
+def sample(logits: Tensor, requests: Sequence[EngineRequest], draw: Draw = draw) -> list[Sampled]:
     """The next token of each row. `logits`: `[rows, vocab]` float32, not changed; one request per row, whose `tokens`
     end before the token to be sampled."""
     if logits.shape[0] != len(requests):
@@ -41,7 +37,7 @@ def sample(logits: Tensor, requests: Sequence[EngineRequest]) -> list[Sampled]:
     if not requests:
         return []
     logits, failures = _adjusted(logits, requests)
-    tokens = _draw(logits, requests)
+    tokens = draw(logits, draws(requests))
     logprobs = _logprobs(logits, requests, tokens)
     results = [Sampled(token, logprob) for token, logprob in zip(tokens.tolist(), logprobs, strict=True)]
     for row, failure in failures.items():
@@ -193,86 +189,19 @@ def _per_row(rows: Sequence[int], values: Sequence[float], places: Tensor, logit
     return by_row.to(logits.device)[places // logits.shape[1]]
 
 
-def _most_likely(logits: Tensor) -> Tensor:
-    """`argmax` over the vocabulary; on CPU numpy's, which is vectorised and some twenty times faster than torch's."""
-    if logits.device.type == "cpu":
-        return torch.from_numpy(logits.numpy().argmax(axis=1))
-    return logits.argmax(dim=1)
-
-
-def _draw(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
-    """Token ids `[rows]`: the most likely one where the temperature is 0, else one drawn."""
-    random_rows = [row for row, request in enumerate(requests) if request.params.temperature > 0]
-    if not random_rows:
-        return _most_likely(logits)
-    greedy = len(random_rows) < len(requests)
-    tokens = _most_likely(logits) if greedy else torch.empty(len(requests), dtype=torch.int64, device=logits.device)
-    turn = max(1, DRAW_ELEMENTS // logits.shape[1])
-    for start in range(0, len(random_rows), turn):
-        rows = random_rows[start : start + turn]
-        index = torch.tensor(rows, device=logits.device)
-        tokens[index] = _draw_rows(logits[index], [requests[row] for row in rows])
-    return tokens
-
-
-def _draw_rows(logits: Tensor, requests: Sequence[EngineRequest]) -> Tensor:
-    """By the inverse of the cumulative distribution over the kept tokens in token-id order, in float64."""
+def draws(requests: Sequence[EngineRequest]) -> Draws:
+    """How each request's next token is drawn."""
     params = [request.params for request in requests]
-    scaled = logits.double()
-    scaled = scaled - scaled.amax(dim=1, keepdim=True)  # first: a tiny temperature must not overflow
-    scaled = scaled / _column([p.temperature for p in params], scaled)
-    if any(0 < p.top_k < logits.shape[1] for p in params):
-        scaled = _keep_top_k(scaled, [p.top_k for p in params])
-    weights = scaled.exp()
-    if any(p.top_p < 1.0 for p in params):
-        weights = _keep_top_p(weights, [p.top_p for p in params])
-    if any(p.min_p > 0.0 for p in params):
-        # the largest weight is exp(0) = 1, so a weight is its probability relative to the most likely token's
-        weights = weights * (weights >= _column([min(p.min_p, 1.0) for p in params], weights))
-    cumulative = weights.cumsum(dim=1)
-    drawn = _column([uniform(r.params.seed, r.params.choice, r.num_tokens) for r in requests], weights)
-    # `drawn` is at most 1 - 2^-53, so the product stays below the total in float64 too and ends on a kept token; only
-    # not-a-number logits would end behind the vocabulary
-    token = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)
-    return token.clamp_(max=weights.shape[1] - 1).squeeze(1)
-
-
-def _keep_top_k(scaled: Tensor, top_k: Sequence[int]) -> Tensor:
-    """Keeps the k largest of each row and whatever equals the smallest of them; 0 keeps all."""
-    vocab = scaled.shape[1]
-    active = [k if 0 < k < vocab else 0 for k in top_k]
-    largest = scaled.topk(max(active), dim=1).values
-    index = torch.tensor([max(k, 1) - 1 for k in active], device=scaled.device)[:, None]
-    off = torch.tensor([k == 0 for k in active], device=scaled.device)[:, None]
-    return scaled.masked_fill((scaled < largest.gather(1, index)) & ~off, float("-inf"))
-
-
-def _keep_top_p(weights: Tensor, top_p: Sequence[float]) -> Tensor:
-    """Keeps the shortest run of most likely tokens whose probability reaches p, at least one; of equally likely tokens
-    at its end those with the smaller ids."""
-    wanted = [p if p < 1.0 else 0.0 for p in top_p]
-    mass = weights.cumsum(dim=1)[:, -1:] * _column(wanted, weights)
-    ranked, before = _ranked(weights, mass)
-    num_kept = (before < mass).sum(dim=1, keepdim=True).clamp_(min=1)
-    last = ranked.gather(1, num_kept - 1)
-    num_equal = num_kept - (ranked > last).sum(dim=1, keepdim=True)
-    equal = weights == last
-    keep = (weights > last) | (equal & (equal.cumsum(dim=1) <= num_equal))
-    keep |= _tensor([p >= 1.0 for p in top_p], weights).bool()[:, None]
-    return weights * keep
-
-
-def _ranked(weights: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest weights of each row in falling order, enough to reach `mass`, and the sum before each."""
-    vocab = weights.shape[1]
-    on_cpu = weights.device.type == "cpu"  # elsewhere looking at the values would wait for the device
-    for count in (min(TOP_P_CANDIDATES, vocab),) if on_cpu else ():
-        ranked = weights.topk(count, dim=1).values
-        total = ranked.cumsum(dim=1)
-        if count == vocab or bool((total[:, -1:] >= mass).all()):
-            return ranked, total - ranked
-    ranked = weights.sort(dim=1, descending=True).values
-    return ranked, ranked.cumsum(dim=1) - ranked
+    return Draws(
+        temperature=[p.temperature for p in params],
+        top_k=[p.top_k for p in params],
+        top_p=[p.top_p for p in params],
+        min_p=[p.min_p for p in params],
+        uniform=[
+            uniform(p.seed, p.choice, request.num_tokens) if p.temperature > 0 else 0.0
+            for p, request in zip(params, requests, strict=True)
+        ],
+    )
 
 
 def _logprobs(logits: Tensor, requests: Sequence[EngineRequest], tokens: Tensor) -> list[TokenLogprob | None]:
@@ -314,7 +243,3 @@ def _tensor_of(values: npt.NDArray[np.int64], like: Tensor) -> Tensor:
 
 def _tensor(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)
-
-
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return _tensor(values, like)[:, None]

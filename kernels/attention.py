@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.rotary import apply_rotary
+
 
 @dataclass(frozen=True, slots=True)
 class PaddedBatch:
@@ -80,6 +82,23 @@ class AttentionMetadata:
     batches: Mapping[int, tuple[PaddedBatch, ...]]
     """By window (0: none), covering all tokens in order."""
     workspace: Workspace
+
+
+def rotate_and_write(
+    queries_keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pool: Tensor,
+    layer: int,
+    metadata: AttentionMetadata,
+) -> Tensor:
+    """Rotates the query and key heads `[tokens, heads + kv_heads, head_dim]`, stores keys and `values` `[tokens,
+    kv_heads, head_dim]`, and returns the queries; see `apply_rotary` and `write_kv`."""
+    rotated = apply_rotary(queries_keys, cos, sin)
+    heads = rotated.shape[1] - values.shape[1]
+    write_kv(pool, layer, torch.cat((rotated[:, heads:], values), 1), metadata)
+    return rotated[:, :heads]
 
 
 def write_kv(pool: Tensor, layer: int, kv: Tensor, metadata: AttentionMetadata) -> None:

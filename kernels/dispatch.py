@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib
+import logging
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from kernels import attention, linear, norm, rotary
+from kernels import attention, linear, norm, ragged, sampling
 from kernels.attention import AttentionMetadata
-from kernels.linear import GatedLinear, Linear
+from kernels.operators import Operators
 
+TRITON_DTYPES = (torch.bfloat16, torch.float16)
+"""What the kernels' tiles are made for: twice as wide, they would not fit a multiprocessor's shared memory."""
 
-@dataclass(frozen=True, slots=True)
-class Operators:
-    """One implementation of every operator; shapes are in the docstrings of the plain torch ones."""
-
-    make_linear: Callable[[Tensor, Tensor | None], Linear]
-    make_gated_linear: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], GatedLinear]
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    apply_rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
-    write_kv: Callable[[Tensor, int, Tensor, AttentionMetadata], None]
-    paged_attention: Callable[[Tensor, Tensor, int, AttentionMetadata, int], Tensor]
-
-
-TORCH = Operators(
+TORCH: Operators[AttentionMetadata] = Operators(
+    metadata_builder=ragged.metadata_builder,
     make_linear=linear.make_linear,
     make_gated_linear=linear.make_gated_linear,
     rms_norm=norm.rms_norm,
-    apply_rotary=rotary.apply_rotary,
-    write_kv=attention.write_kv,
+    rotate_and_write=attention.rotate_and_write,
     paged_attention=attention.paged_attention,
+    draw=sampling.draw,
 )
 
+log = logging.getLogger("kvmesh.kernels")
 
-def operators(device: torch.device) -> Operators:
-    """Plain torch serves every device."""
-    return TORCH
+
+def operators(device: torch.device, dtype: torch.dtype) -> Operators[Any]:
+    """Triton kernels on CUDA devices, plain torch elsewhere."""
+    if device.type != "cuda" or dtype not in TRITON_DTYPES:
+        return TORCH
+    try:
+        # Not imported above: a CPU worker would pay 70 MiB and a third of a second for what it never uses.
+        found: Operators[Any] = importlib.import_module("kernels.triton.operators").TRITON
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        log.warning("triton is not installed: plain torch operators serve %s, several times slower", device)
+        return TORCH
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -61,12 +62,20 @@ class GatedLinear(Protocol):
 class DenseGatedLinear:
     """One product for both halves, then the activation."""
 
-    def __init__(self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        gate: Tensor,
+        up: Tensor,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        activation: Callable[[Tensor], Tensor] = silu_and_mul,
+    ) -> None:
         bias = None if gate_bias is None or up_bias is None else torch.cat((gate_bias, up_bias))
         self.both = DenseLinear(torch.cat((gate, up)), bias)
+        self.activation = activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        return silu_and_mul(self.both(x))
+        return self.activation(self.both(x))
 
 
 class PackedGatedLinear:

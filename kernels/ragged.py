@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.attention import AttentionMetadata, PaddedBatch, Workspace
+from kernels.operators import Builder
 
 TILE_QUERIES = 256
 """Long enough to amortise gathering the keys, short enough that the masked half of the last keys costs little."""
@@ -60,6 +62,12 @@ class _Tile:
     @property
     def queries(self) -> int:
         return self.last - self.first + 1
+
+
+def metadata_builder(pool: Tensor, heads: int, windows: Collection[int]) -> Builder[AttentionMetadata]:
+    """`build_metadata` for steps over `pool`; the number of query heads plays no part in it."""
+    workspace = Workspace(pool.dtype, pool.device)
+    return partial(build_metadata, pool=pool, windows=windows, workspace=workspace)
 
 
 def build_metadata(

@@ -71,8 +71,10 @@ class KvEndpoint:
         exchange: Exchange | None = None,
         wrap: Callable[[Transport], Transport] = _unchanged,
         keys: Keys | None = None,
+        device: str = "cpu",
     ) -> None:
         """`exchange`: shared by endpoints of one process that use `local`. `wrap`: puts faults around a transport.
+        `device`: where the blocks are computed.
 
         With `keys`, tcp is encrypted: one such endpoint per context, because a context has one judge of client keys.
         """
@@ -82,7 +84,9 @@ class KvEndpoint:
         self._events: list[Event] = []
         self._closed = False
         self._counters = Counters()
-        opened = open_transports(transports, host=host, block_bytes=layout.block_bytes, exchange=exchange)
+        opened = open_transports(
+            transports, host=host, block_bytes=layout.block_bytes, exchange=exchange, bind=bind, device=device
+        )
         self._transports = {name: wrap(transport) for name, transport in opened.items()}
         emit = self._events.append
         parts = (incarnation, layout, self._transports, self._counters, clock, emit)

@@ -50,8 +50,8 @@ class PrefillRole:
         self._by_transfer: dict[bytes, PrefillJob] = {}
 
     @property
-    def busy(self) -> bool:
-        return bool(self._jobs or self._streams)
+    def num_jobs(self) -> int:
+        return len(self._streams.keys() | {job.key for job in self._jobs.values()})
 
     def assign(self, link: ProxyLink, message: Prefill | Decode) -> None:
         deadline = self._parts.clock() + max(0.0, message.deadline_s)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from engine.model.config import ModelConfig
-from kernels.attention import AttentionMetadata
-from kernels.dispatch import Operators
 from kernels.linear import GatedLinear, Linear
+from kernels.operators import Metadata, Operators
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +18,7 @@ class Step:
 
     pool: Tensor
     """`[blocks, layers, 2, kv_heads, block_tokens, head_dim]`."""
-    metadata: AttentionMetadata
+    metadata: Metadata
     cos: Tensor
     sin: Tensor
     """`[tokens, 1, head_dim]` both; see `RotaryEmbedding`."""
@@ -29,7 +28,7 @@ class Step:
 class RmsNorm:
     weight: Tensor
     eps: float
-    ops: Operators
+    ops: Operators[Any]
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
@@ -45,7 +44,7 @@ class Attention:
     output: Linear
     qk_norm: RmsNorm | None
     """Over each query and key head; the weight is `[heads + kv_heads, head_dim]`."""
-    ops: Operators
+    ops: Operators[Any]
 
     def __call__(self, x: Tensor, residual: Tensor, step: Step) -> Tensor:
         config = self.config
@@ -54,9 +53,9 @@ class Attention:
         queries_keys, values = heads[:, :rotated], heads[:, rotated:]
         if self.qk_norm is not None:
             queries_keys = self.qk_norm(queries_keys)
-        queries_keys = self.ops.apply_rotary(queries_keys, step.cos, step.sin)
-        queries, keys = queries_keys[:, : config.num_heads], queries_keys[:, config.num_heads :]
-        self.ops.write_kv(step.pool, self.layer, torch.cat((keys, values), 1), step.metadata)
+        queries = self.ops.rotate_and_write(
+            queries_keys, values, step.cos, step.sin, step.pool, self.layer, step.metadata
+        )
         window = config.windows[self.layer]
         mixed = self.ops.paged_attention(queries, step.pool, self.layer, step.metadata, window)
         return self.output(mixed.view(len(x), -1), residual)

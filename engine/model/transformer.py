@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,9 @@ from engine.model.config import ModelConfig
 from engine.model.layers import Attention, DecoderLayer, FeedForward, RmsNorm, Step
 from engine.model.rope import RotaryEmbedding
 from engine.model.weights import Checkpoint
-from kernels.attention import AttentionMetadata
-from kernels.dispatch import Operators, operators
+from kernels.dispatch import operators
 from kernels.linear import Linear
+from kernels.operators import Metadata, Operators
 
 
 class Decoder:
@@ -22,15 +23,16 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         """Reads the weights. Raises `StartupError` when one is missing or has another shape."""
-        build = _Builder(config, checkpoint, device, dtype, operators(device))
         self.dtype = dtype
+        self.ops = operators(device, dtype)
+        build = _Builder(config, checkpoint, device, dtype, self.ops)
         self.embedding = build.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.layers = [build.layer(i) for i in range(config.num_layers)]
         self.norm = build.norm("model.norm.weight")
         self.head = build.head(self.embedding)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, device)
 
-    def forward(self, tokens: Tensor, pool: Tensor, metadata: AttentionMetadata) -> Tensor:
+    def forward(self, tokens: Tensor, pool: Tensor, metadata: Metadata) -> Tensor:
         """`[tokens]` int64 to hidden states `[tokens, hidden]`, before the last norm."""
         cos, sin = self.rotary(metadata.positions, self.dtype)
         step = Step(pool, metadata, cos, sin)
@@ -52,7 +54,7 @@ class _Builder:
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
-    ops: Operators
+    ops: Operators[Any]
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """A copy, so that nothing refers to the mapped file once loading is done."""

@@ -156,7 +156,7 @@ def test_more_rows_than_the_work_space_are_drawn_in_turns(monkeypatch: pytest.Mo
     requests = [asks(seed=i) for i in range(10)]
     logits = random_logits(10)
     at_once = tokens_of(logits, requests)
-    monkeypatch.setattr("engine.sampler.DRAW_ELEMENTS", 3 * VOCAB)
+    monkeypatch.setattr("kernels.sampling.DRAW_ELEMENTS", 3 * VOCAB)
     assert tokens_of(logits, requests) == at_once
 
 

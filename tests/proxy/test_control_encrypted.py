@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,11 @@ import zmq
 
 from mesh.errors import EXIT_USAGE, StartupError
 from mesh.keys import PROXY, WORKER, Keys, create, load
-from mesh.messages import Welcome, WorkerInfo
+from mesh.messages import ProxyBeat, Welcome, WorkerInfo
 from proxy.control import ControlSocket
 from proxy.routing.place import Place
+from tests.faults.links import Strikes
+from tests.kvtransfer.relay import CUT, FLIP, REPEAT, RESET, Relay
 from tests.worker.role_fakes import info
 from worker.links import ProxyLink
 
@@ -127,6 +130,49 @@ def test_a_dead_authenticator_lets_nobody_in(tmp_path: Path) -> None:
         door.control._authenticator.close()
         assert not await door.dial(door.worker_keys, QUIET_ROUNDS)
         assert door.known.workers == []
+
+    run(tmp_path, body)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("side", ["heard", "said"])
+@pytest.mark.parametrize("kind", [FLIP, CUT, REPEAT, RESET])
+def test_a_damaged_message_costs_one_connection_and_no_more(tmp_path: Path, kind: str, side: str) -> None:
+    """ZeroMQ gives a socket up that dialled and got what does not decrypt."""
+    strikes = {"heard": Strikes(), "said": Strikes()}
+
+    async def body(door: Door) -> None:
+        relay = Relay(int(door.control.address.rsplit(":", 1)[1]), strikes["heard"], strikes["said"])
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        link = ProxyLink(context, f"tcp://127.0.0.1:{relay.port}", info(), door.worker_keys)
+        place = Place(info().worker_id, info().incarnation)
+        heard: list[Any] = []
+
+        def welcomed(times: int) -> bool:
+            """The worker has introduced itself so often, and hears its proxy."""
+            now = time.monotonic()
+            link.reconnected(now)
+            link.tick(now)
+            link.send(ProxyBeat("none"))
+            link.flush()
+            door.control.send(place, ProxyBeat("proxy-0"))
+            heard[:] = link.receive()
+            return len(door.known.workers) >= times and bool(heard)
+
+        try:
+            await until(lambda: welcomed(1))
+            strikes[side].strike(kind, 1, 0.0)
+            before = len(door.known.workers)
+            await until(lambda: welcomed(before + 1))
+            assert strikes[side].done == {kind: 1}
+        finally:
+            link.close()
+            context.term()
+            relay.close()
 
     run(tmp_path, body)
 

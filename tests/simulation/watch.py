@@ -12,7 +12,7 @@ from decode.role import DecodeJob, DecodeRole
 from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted, StreamReleased
 from kvtransfer.events import Event as KvEvent
 from kvtransfer.fetching_state import Received
-from kvtransfer.holding_state import Holding, Tick
+from kvtransfer.holding_state import Holding, LinkLost, Tick
 from kvtransfer.holding_state import Received as HolderReceived
 from kvtransfer.messages import Fetch, Missing
 from kvtransfer.protocol import LEASE_TTL_S, MAX_INDEX, RENEW_S, Wanted, bits
@@ -103,6 +103,8 @@ class Watch:
         """A worker that was only asked for what it happens to hold had dropped some of it: a retry may follow."""
         self._absent: set[bytes] = set()
         """Blocks that the engine was asked for in vain, in this turn."""
+        self._links_lost: set[bytes] = set()
+        """Since the latest tick of the holder began."""
         self._aborted: list[str] = []
         process: Any = host.process
         kv: Any = host.kv
@@ -196,17 +198,22 @@ class Watch:
         if isinstance(event, HolderReceived) and isinstance(event.message, Fetch):
             rounds = self._rounds.setdefault((event.link, event.message.transfer_id), {})
             rounds.setdefault(event.message.round, len(event.message.wanted))
+        if isinstance(event, LinkLost):
+            self._links_lost.add(event.link)
+        if not isinstance(event, Tick):
+            self._step(event)
+            return
         before = self._host.kv._holder.state
+        self._links_lost.clear()
         self._step(event)
-        if isinstance(event, Tick):
-            self._ticked(before)
+        self._ticked(before)
 
     def _ticked(self, before: Holding) -> None:
-        """Only what has lapsed may end by the clock alone."""
+        """Only what has lapsed may end by the clock alone, or because what the tick had to say found no connection."""
         now, after = self._host.clock(), self._host.kv._holder.state
         for key, serving in before.servings.items():
             lapses = min(serving.expires, before.leases[serving.link].heard_at + LEASE_TTL_S)
-            if key not in after.servings and now < lapses:
+            if key not in after.servings and now < lapses and serving.link not in self._links_lost:
                 raise Violation(f"{self._host.name} gives a transfer up {lapses - now:.1f} s early")
 
     def open_stream(self, stream: str) -> None:

@@ -120,14 +120,14 @@ def test_a_long_remainder_is_handed_back() -> None:
     (refusal,) = bench.link.sent
     assert (refusal.code, refusal.retryable) == ("blocks_missing", True)
     assert bench.loop.named("abort") == [(KEY,)]
-    assert not role.busy
+    assert role.num_jobs == 0
 
 
 def test_a_finish_at_the_prefill_worker_ends_the_request_here() -> None:
     bench = Bench()
     role, transfer = fetching(bench)
     role.transferred([Noted(transfer, FirstToken(0, 42, "stop").pack())])
-    assert not role.busy
+    assert role.num_jobs == 0
     assert bench.link.sent == []
     assert bench.loop.named("abort") == [(KEY,)]
 
@@ -153,7 +153,7 @@ def test_an_abort_of_an_older_attempt_does_not_touch_the_newer() -> None:
     role = DecodeRole(bench.parts)
     role.assign(bench.proxy, decode_message(attempt=2))
     role.abort(Abort("r", 1, "late"))
-    assert role.busy
+    assert role.num_jobs
 
 
 def test_an_abort_ends_the_fetch_and_the_request() -> None:
@@ -162,7 +162,7 @@ def test_an_abort_ends_the_fetch_and_the_request() -> None:
     role.abort(Abort("r", 1, "client gone"))
     assert bench.kv.named("abort_fetch") == [(transfer,)]
     assert bench.loop.named("abort") == [(KEY,)]
-    assert not role.busy
+    assert role.num_jobs == 0
 
 
 def test_what_arrives_after_the_end_is_ignored() -> None:
@@ -177,19 +177,19 @@ def test_a_deadline_ends_the_request_with_a_refusal() -> None:
     bench = Bench()
     role, _ = fetching(bench)
     role.tick(bench.clock.now + 59)
-    assert role.busy
+    assert role.num_jobs
     role.tick(bench.clock.now + 60)
     assert [m.code for m in bench.link.sent] == ["deadline"]
-    assert not role.busy
+    assert role.num_jobs == 0
 
 
 def test_a_lost_proxy_frees_its_requests_only() -> None:
     bench, other = Bench(), Bench()
     role, _ = fetching(bench)
     role.lost(other.proxy)
-    assert role.busy
+    assert role.num_jobs
     role.lost(bench.proxy)
-    assert not role.busy
+    assert role.num_jobs == 0
 
 
 def test_draining_hands_every_request_back() -> None:
@@ -197,7 +197,7 @@ def test_draining_hands_every_request_back() -> None:
     role, _ = fetching(bench)
     role.hand_back()
     assert [m for m in bench.link.sent if isinstance(m, Refused) and m.code == "draining" and m.retryable]
-    assert not role.busy
+    assert role.num_jobs == 0
 
 
 def test_what_the_engine_cannot_fit_is_refused() -> None:

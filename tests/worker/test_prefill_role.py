@@ -62,7 +62,7 @@ def test_a_stream_whose_first_token_is_the_last_is_released_at_once() -> None:
     role.stepped(stepped("length"))
     role.exported_all(stepped("length"))
     assert bench.kv.named("release_stream") == [(KEY,)]
-    assert not role.busy
+    assert role.num_jobs == 0
 
 
 def test_a_released_stream_frees_the_blocks() -> None:
@@ -71,7 +71,7 @@ def test_a_released_stream_frees_the_blocks() -> None:
     role.stepped(stepped("handoff"))
     role.transferred([StreamReleased(KEY, "confirmed")])
     assert bench.loop.named("release") == [(KEY,)]
-    assert not role.busy
+    assert role.num_jobs == 0
 
 
 def test_a_stream_that_is_given_up_while_it_is_computed_ends_the_work() -> None:
@@ -79,7 +79,7 @@ def test_a_stream_that_is_given_up_while_it_is_computed_ends_the_work() -> None:
     role = started(bench)
     role.transferred([StreamReleased(KEY, "peer_lost")])
     assert bench.loop.named("abort") == [(KEY,)]
-    assert not role.busy
+    assert role.num_jobs == 0
 
 
 def test_an_abort_frees_everything() -> None:
@@ -88,7 +88,7 @@ def test_an_abort_frees_everything() -> None:
     role.abort(Abort("r", 1, "client gone"))
     assert bench.loop.named("abort") == [(KEY,)]
     assert bench.kv.named("release_stream") == [(KEY,)]
-    assert not role.busy
+    assert role.num_jobs == 0
 
 
 def test_a_decode_is_refused() -> None:
@@ -108,7 +108,7 @@ def test_a_deadline_ends_the_hold() -> None:
     role = started(bench)
     role.stepped(stepped("handoff"))
     role.tick(bench.clock.now + 60)
-    assert not role.busy
+    assert role.num_jobs == 0
 
 
 LACKED = tuple(Missing(i, bytes([i]) * 16, 4 if i < 2 else 2) for i in range(3))
@@ -186,4 +186,4 @@ def test_an_end_of_the_request_ends_the_fetch() -> None:
     role.transferred([BlockArrived(transfer, 0, bytes(16)), ended(transfer, "aborted")])
     assert not bench.loop.named("fill")
     assert not bench.loop.named("ready")
-    assert not role.busy
+    assert role.num_jobs == 0

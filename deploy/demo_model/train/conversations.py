@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deploy.demo_model.train.facts import Fact, attribute_fact, facts, filler, joined, own_fact
+from deploy.demo_model.train.facts import Fact, attribute_fact, facts, filler, joined, own_fact, turned_facts
 from deploy.demo_model.train.talk import UNKNOWN, Exchange, casual, copy, json_given, json_stated, short, small_talk
 from deploy.demo_model.train.tools import NO_TOOL, Tool, Use, ask, failed, tool, toolbox
 from deploy.demo_model.train.words import JOBS, Words, listed
@@ -15,6 +15,10 @@ from deploy.demo_model.train.words import JOBS, Words, listed
 Message = dict[str, Any]
 CHARACTERS_A_TOKEN = 2.4
 """Rather too few: a conversation should fit."""
+SHORT = 240
+"""Tokens of a conversation in which what is hard comes alone."""
+SHORT_ROW = 300
+"""Rows of at most so many tokens hold more of what is hard."""
 SYSTEM_PROMPTS = listed(
     "You are a helpful assistant.|You are a helpful assistant.|Be brief.|You are a friendly assistant.|Answer in one "
     "sentence.|You are the assistant of a small company.|Be polite and short.|Help the user.|You are an AI assistant.|"
@@ -175,6 +179,19 @@ def recall(words: Words, conversation: Conversation, room: float) -> None:
             questions = rng.sample(asking, len(asking))
 
 
+def turned(words: Words, conversation: Conversation, room: float) -> None:
+    """Few short statements whose values stand before their keys, and a question about each: the way back from a key is
+    learned where there is little else to look at."""
+    room = min(room, SHORT)
+    known = turned_facts(words, max(2, int((room - conversation.size) / 46)))
+    questions = words.rng.sample(known, len(known))
+    text = words.pick(" ", " ", "\n").join(f.statement for f in known)
+    conversation.say("user", f"{text}{words.pick(' ', chr(10))}{questions[0].question}")
+    conversation.say("assistant", questions[0].answer)
+    for asked in questions[1:]:
+        conversation.exchange(Exchange("recall", casual(words, asked.question), asked.answer))
+
+
 def copying(words: Words, conversation: Conversation, room: float) -> None:
     while conversation.size < room - 10:
         left = room - conversation.size
@@ -276,6 +293,8 @@ BUILDERS: tuple[tuple[str, Builder, float], ...] = (
     ("tools", calling, 0.23),
 )
 
+BUILDERS_OF_SHORT_ROWS = (*BUILDERS, ("turned", turned, 0.6))
+
 
 def conversation(words: Words, room: int) -> Conversation:
     """One of any kind, of about `room` tokens or (often) fewer."""
@@ -288,7 +307,8 @@ def conversation(words: Words, room: int) -> Conversation:
 
 def _conversation(words: Words, room: int) -> Conversation:
     rng = words.rng
-    skill, build, _ = rng.choices(BUILDERS, [share for *_, share in BUILDERS])[0]
+    builders = BUILDERS if room > SHORT_ROW else BUILDERS_OF_SHORT_ROWS
+    skill, build, _ = rng.choices(builders, [share for *_, share in builders])[0]
     made = Conversation(skill)
     if rng.random() < 0.3:
         made.say("system", system_prompt(words))

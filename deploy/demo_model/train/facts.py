@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deploy.demo_model.train.words import (
     ADJECTIVES,
@@ -221,6 +221,23 @@ _MAKERS: tuple[Callable[[Words], Fact], ...] = (
 )
 _WEIGHTS = (8, 3, 2, 1, 4, 3, 2, 2, 1, 1)
 _TRAINED_WEIGHTS = (9, 2, 1.5, 0.7, 8, 3, 8, 2, 2, 1)
+
+
+def turned_facts(words: Words, count: int) -> list[Fact]:
+    """`count` facts whose values stand before their keys. Nothing that is written left to right finds these for free:
+    what follows the key in the text is not its value."""
+    found: dict[str, Fact] = {}
+    while len(found) < count:
+        new = words.rng.choice((_code, _owner, _turned_attribute))(words)
+        if new.statement.startswith(new.value):
+            found.setdefault(new.subject, new)
+    return list(found.values())
+
+
+def _turned_attribute(words: Words) -> Fact:
+    new = attribute_fact(words)
+    owner = new.answer.removesuffix(f" is {new.value}.")
+    return replace(new, statement=f"{new.value} is {owner}.")
 
 
 def facts(words: Words, count: int) -> list[Fact]:

@@ -272,10 +272,25 @@ class Network(nn.Module):
 
 
 def read_weights(network: Network, folder: Path) -> None:
-    """Those that `write_model` wrote, of a network of this shape. Raises `ValueError` for another one's."""
+    """Those that `write_model` wrote. A network with more layers gets the new ones in the middle, as identities: what
+    they would add to the residual stream begins as nothing. Raises `ValueError` for weights of another shape."""
+    saved_layers = json.loads((folder / CONFIG_FILE).read_text())["num_hidden_layers"]
+    layers = network.shape.layers
+    if saved_layers > layers:
+        raise ValueError(f"{folder} has {saved_layers} layers, more than {layers}")
+    before = saved_layers // 2
+    new = range(before, before + layers - saved_layers)
     with safe_open(folder / WEIGHTS_FILE, "pt") as file, torch.no_grad():
         for name, p in network.named_parameters():
-            saved = file.get_tensor(f"model.{name}")
+            parts = name.split(".")
+            if parts[0] == "layers":
+                at = int(parts[1])
+                if at in new:
+                    if name.endswith(("o_proj.weight", "down_proj.weight")):
+                        p.zero_()
+                    continue
+                parts[1] = str(at if at < before else at - len(new))
+            saved = file.get_tensor(".".join(("model", *parts)))
             if saved.shape != p.shape:
                 raise ValueError(f"{folder}: {name} has the shape {tuple(saved.shape)}, not {tuple(p.shape)}")
             p.copy_(saved)

@@ -78,10 +78,12 @@ STAGES = (
     Stage(10_000_000, 0.25, ((4096, 3, 0.4), (1024, 8, 0.35), (256, 32, 0.25)), 4),
 )
 WARM_STAGES = (
-    Stage(20_000_000, 0.6, ((256, 32, 0.35), (512, 16, 0.2), (1024, 8, 0.3), (4096, 3, 0.15)), 21),
-    Stage(13_000_000, 0.4, ((256, 32, 0.3), (512, 16, 0.15), (1024, 8, 0.3), (4096, 3, 0.25)), 22),
+    Stage(8_000_000, 0.28, ((256, 32, 0.85), (1024, 8, 0.15)), 31),
+    Stage(10_000_000, 0.34, ((256, 32, 0.9), (1024, 8, 0.1)), 34),
+    Stage(6_000_000, 0.2, ((256, 32, 0.4), (512, 16, 0.15), (1024, 8, 0.3), (4096, 3, 0.15)), 32),
+    Stage(6_000_000, 0.18, ((256, 32, 0.3), (512, 16, 0.15), (1024, 8, 0.3), (4096, 3, 0.25)), 33),
 )
-"""Of a run that starts with trained weights: nothing has to be learned from short rows first."""
+"""Of a run that starts with trained weights. Only what short rows hold more of is learned from these first."""
 
 
 @dataclass(frozen=True, slots=True)
