@@ -20,6 +20,7 @@ SIDES = (ASKED, ANSWERED, HEARD, SAID)
 """Directions of a worker's links: fetches from it, its blocks; what its proxy tells it, what it tells its proxy."""
 MESSAGE_KINDS = (FLIP, CUT, REPEAT, RAW, DELAY, RESET, STALL)
 KILL, PAUSE, RESTART = "kill", "pause", "restart"
+WORKER_KINDS = (KILL, PAUSE, RESTART)
 PLAIN, OPENAI = "plain", "openai"
 
 

@@ -35,8 +35,11 @@ class Played:
     """Until nobody held anything any more, after the last stream's end."""
 
     def __str__(self) -> str:
-        outcomes = ", ".join(f"{name} {count}" for name, count in sorted(self.outcomes.items()))
-        return f"{outcomes}; slowest stream {self.slowest_s:.1f} s, quiet after {self.quiet_s:.1f} s"
+        return f"{counts(self.outcomes)}; slowest stream {self.slowest_s:.1f} s, quiet after {self.quiet_s:.1f} s"
+
+
+def counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counter.items()))
 
 
 def play(fleet: RelayedDeployment, seed: int) -> Played:
