@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 from engine.sim_engine import PRINTABLE, expected_tokens
+from proxy.lifecycle import MAX_SETBACKS
 from tests.kvtransfer.relay import CUT, DELAY, FLIP, RAW, REPEAT, RESET, STALL
 
 PREFILLS = ("prefill-0", "prefill-1")
@@ -62,6 +63,13 @@ class Plan:
     seed: int
     asks: tuple[Ask, ...]
     faults: tuple[Fault, ...]
+
+    @property
+    def gentle(self) -> bool:
+        """No choice can be struck so often that the proxy gives it up, and one decode worker has no trouble."""
+        breaking = [fault for fault in self.faults if fault.kind != DELAY]
+        struck = {fault.worker for fault in breaking if fault.side not in (ASKED, ANSWERED)}
+        return sum(fault.count or 1 for fault in breaking) < MAX_SETBACKS and not struck.issuperset(DECODES)
 
 
 def answer(ask: Ask) -> tuple[list[int], str]:
