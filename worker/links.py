@@ -67,6 +67,8 @@ class ProxyLink:
         self._next_register = 0.0
         self._outbox: deque[bytes] = deque()
         self._connected = False
+        self._complained = False
+        """Of a proxy that ends every handshake, once."""
         self._redial_at = math.inf
         self.socket, self.monitor = self._dial()
 
@@ -144,6 +146,7 @@ class ProxyLink:
             event = recv_monitor_message(self.monitor)["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._connected = True
+                self._complained = False
                 self._redial_at = math.inf
                 self._register(now)
             elif self._connected and event & HANDSHAKE_FAILED:
@@ -151,7 +154,8 @@ class ProxyLink:
                 self._connected = False
                 self._redial_at = now
             else:
-                if event & HANDSHAKE_FAILED:
+                if event & HANDSHAKE_FAILED and not self._complained:
+                    self._complained = True
                     log.warning("proxy %s and this worker do not know each other's keys", self.address)
                 self._connected = False
                 self._redial_at = min(self._redial_at, now + REDIAL_S)

@@ -185,6 +185,21 @@ def test_the_retry_budget_delays_and_does_not_fail(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_what_a_worker_hands_back_when_it_leaves_is_not_held_by_the_retry_budget(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            leaving = await mesh.worker("d0", "decode", step_bound_s=60.0)
+            for i in range(8):
+                mesh.dispatcher.submit(request(f"r{i}"))
+            jobs = [await leaving.expect(Decode) for _ in range(8)]
+            other = await mesh.worker("d1", "decode", step_bound_s=60.0)
+            for job in jobs:
+                leaving.refuse(job, "draining")
+            assert {(await other.expect(Decode)).request_id for _ in jobs} == {f"r{i}" for i in range(8)}
+
+    asyncio.run(scenario())
+
+
 def refuse_first_attempts(worker: FakeWorker, others: list[str]) -> None:
     def answer(message: object) -> None:
         if isinstance(message, Decode) and message.attempt == 1:
@@ -451,7 +466,7 @@ def test_a_worker_that_says_it_is_draining_is_not_asked_again(tmp_path: Path) ->
             assert (await workers["d1"].expect(Decode)).attempt == 2
             mesh.dispatcher.submit(request("b"))
             assert (await workers["d1"].expect(Decode)).request_id == "b"
-            assert await workers["d0"].expect(Abort) == Abort("a", 1, "refused")
+            assert await workers["d0"].expect(Abort) == Abort("a", 1, "lost")
             assert not workers["d0"].inbox
 
     asyncio.run(scenario())
