@@ -18,8 +18,6 @@ NO_KEYS = "other hosts are refused before the fleet has keys (`kvmesh keys DIR`,
 Place = Callable[[str, Mapping[str, str]], str]
 """What a place has against a transport, by what went wrong with the routes."""
 Against = Callable[[str], str]
-Place = Callable[[str, Mapping[str, str]], str]
-"""Why two workers in some place cannot use a transport, by its name and what failed here; empty: nothing."""
 """Why two workers in one place cannot use a transport; empty: they can."""
 
 
