@@ -105,8 +105,8 @@ def request(proxy: Proxy, prompt: list[int], *, overlapped: bool) -> Timed:
     id, root = secrets.token_hex(8), secrets.token_bytes(16)  # a root of its own: nothing is cached
     params = SamplingParams(max_tokens=TOKENS, temperature=0.0)
     common = (id, 1, tuple(prompt), len(prompt), params, root, PATIENCE_S)
-    decode = Decode(*common, proxy.peer("prefill-0"), True, 0)
-    proxy.send("prefill-0", Prefill(*common, None, 0))
+    decode = Decode(*common, proxy.peer("prefill-0"), (), 0)
+    proxy.send("prefill-0", Prefill(*common, ()))
     if overlapped:
         proxy.send("decode-0", decode)
     tokens: dict[int, int] = {}

@@ -41,7 +41,7 @@ class Engine:
         self.pool = BlockPool(runner.num_blocks)
         self._blocks = RequestBlocks(self.pool, runner.layout.block_tokens)
         self._fetching = Fetching(self._blocks, runner)
-        self._scheduler = Scheduler(config, self._blocks, self._fetching)
+        self._scheduler = Scheduler(config, self._blocks, self._fetching, runner.decodes_ahead)
         self._runner = runner
         self._clock = clock
         self._rate = PrefillRate()

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.decode_step import DecodeStep
+from engine.decoding import Decoding
 from engine.memory import activation_bytes, check_weights, count_blocks, free_bytes
 from engine.model.config import DTYPES, ModelConfig
 from engine.model.digest import model_digest
@@ -21,6 +23,7 @@ from engine.sampler import prompt_logprobs, sample
 from engine.step import Row, Sampled
 from kernels.blocks import allocate_pool, read_block, write_block
 from kernels.conversion import numbers_of, write_part
+from kernels.upload import upload
 from mesh.errors import EXIT_ENVIRONMENT, EXIT_MEMORY, EXIT_USAGE, StartupError
 from mesh.layout import KvLayout
 from mesh.messages import TokenLogprob
@@ -44,6 +47,8 @@ class ModelRunner:
         max_model_len: int,
         digest: bytes,
         device: torch.device,
+        max_num_seqs: int,
+        progress: Progress | None = None,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -57,6 +62,14 @@ class ModelRunner:
             self._pool = _allocate_pool(layout, num_blocks, device)
             windows = sorted(set(config.windows))
             self._build_metadata = model.ops.metadata_builder(self._pool, config.num_heads, windows)
+            self._decoding: Decoding | None = None
+            self.decodes_ahead = model.ops.static is not None
+            if model.ops.static is not None:
+                max_blocks = -(-max_model_len // layout.block_tokens)
+                step = DecodeStep(model, model.ops.static, self._pool, windows, max_num_seqs, max_blocks)
+                self._decoding = Decoding(step, layout.block_tokens, model.ops.draw)
+                if device.type == "cuda":
+                    step.capture(progress)
 
     @staticmethod
     def load(
@@ -69,6 +82,7 @@ class ModelRunner:
         memory_utilization: float,
         max_model_len: int,
         max_num_batched_tokens: int,
+        max_num_seqs: int = 256,
         progress: Progress | None = None,
     ) -> ModelRunner:
         """Loads a Hugging Face directory and sizes the pool.
@@ -88,11 +102,16 @@ class ModelRunner:
         free -= activation_bytes(config, max_num_batched_tokens, number.itemsize)
         blocks = count_blocks(num_blocks, layout.block_bytes, free, place)
         length = _context_length(max_model_len, config, blocks * block_tokens)
-        return ModelRunner(config, model, layout, blocks, length, model_digest(model_dir), place)
+        digest = model_digest(model_dir)
+        return ModelRunner(config, model, layout, blocks, length, digest, place, max_num_seqs, progress)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> list[Sampled]:
         """Computes the rows' KV into their pages and samples where a row catches up. One result per row."""
+        return self._compute(rows) if self._decoding is None else self._decoding.run(rows, self._compute)
+
+    def _compute(self, rows: Sequence[Row]) -> list[Sampled]:
+        """All rows in one pass."""
         if not rows:
             return []
         hidden, starts = self._forward(rows)
@@ -159,7 +178,7 @@ class ModelRunner:
         return tuple(entries)
 
     def _ints(self, values: Sequence[int]) -> Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self._device)
+        return upload(np.asarray(values, dtype=np.int64), self._device)
 
 
 def _kv_tokens(row: Row) -> int:

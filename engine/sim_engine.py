@@ -82,6 +82,8 @@ class SimRunner:
     """See `engine.step.Runner`. Sampling params are ignored, except that grammars hold and log-probabilities have the
     asked-for shape (0.0 for the token itself)."""
 
+    decodes_ahead: bool = False
+
     def __init__(
         self,
         num_blocks: int,

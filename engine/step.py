@@ -50,6 +50,8 @@ class Runner(Protocol):
 
     layout: KvLayout
     num_blocks: int
+    decodes_ahead: bool
+    """It computes a step more than it was asked for, where the pages for it are there."""
 
     def run(self, rows: Sequence[Row]) -> list[Sampled]:
         """Computes the rows' KV into their pages and samples where a row catches up. One result per row."""

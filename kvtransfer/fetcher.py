@@ -102,6 +102,11 @@ class Fetcher:
     def num_transfers(self) -> int:
         return len(self._by_transfer)
 
+    def queued(self, peer: Peer) -> int:
+        """Blocks that are awaited from `peer`."""
+        link = self._links.get((peer.kv_address, peer.incarnation))
+        return 0 if link is None else sum(t.pending.bit_count() for t in link.state.transfers.values())
+
     def next_deadline(self) -> float:
         if any(link.behind for link in self._links.values()):
             return self._clock() + LANDING_POLL_S

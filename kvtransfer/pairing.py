@@ -15,6 +15,8 @@ from kvtransfer.transports.choice import NCCL, unfit
 BEST_FIRST = (cuda.NAME, shm.NAME, NCCL, inline.NAME)
 """`local` is for endpoints of one process, `gloo` for tests: no pair of workers has a reason to use them."""
 NO_KEYS = "other hosts are refused before the fleet has keys (`kvmesh keys DIR`, --keys DIR)"
+Place = Callable[[str, Mapping[str, str]], str]
+"""What a place has against a transport, by what went wrong with the routes."""
 Against = Callable[[str], str]
 """Why two workers in one place cannot use a transport; empty: they can."""
 
@@ -40,7 +42,11 @@ class Pair:
 def pairs(failures: Mapping[str, str], *, order: Sequence[str], device: str, sealed: bool) -> list[Pair]:
     """`failures`: what went wrong with each route that was tried, empty: nothing. `order`: `--transport`; `device`:
     `--device`; `sealed`: with `--keys`."""
-    places = {"same host": _here, "containers of one host": _apart, "other hosts": partial(_far, sealed=sealed)}
+    places: dict[str, Place] = {
+        "same host": _here,
+        "containers of one host": _apart,
+        "other hosts": partial(_far, sealed=sealed),
+    }
     here, apart, far = (
         _pair(place, partial(_against, against, failures, device), order) for place, against in places.items()
     )
@@ -59,9 +65,7 @@ def _unasked(name: str, asked: Sequence[str]) -> str:
     return "--transport prefers another" if name in asked else "--transport does not name it"
 
 
-def _against(
-    place: Callable[[str, Mapping[str, str]], str], failures: Mapping[str, str], device: str, name: str
-) -> str:
+def _against(place: Place, failures: Mapping[str, str], device: str, name: str) -> str:
     return unfit(name, device) or place(name, failures)
 
 

@@ -39,9 +39,9 @@ class KvLayout:
     head_dim: int
     block_tokens: int
     dtype: str
-    tp: int = field(default=1, metadata=since(control=5, kv=5, before=1))
+    tp: int = field(default=1, metadata=since(control=6, kv=6, before=1))
     """Tensor-parallel degree: into how many slices the heads are cut. Above `kv_heads`, several ranks have the same."""
-    rank: int = field(default=0, metadata=since(control=5, kv=5, before=0))
+    rank: int = field(default=0, metadata=since(control=6, kv=6, before=0))
     """Which of these slices is here."""
 
     @property

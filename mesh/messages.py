@@ -21,7 +21,7 @@ from mesh.layout import KvLayout
 from mesh.params import SamplingParams
 from mesh.wire import CONTROL, KV, TokenIds, Versions, message, since
 
-FIRST = Versions(4, 4)
+FIRST = Versions(5, 5)
 """Of a process that does not say what it speaks."""
 
 
@@ -49,9 +49,9 @@ class WorkerInfo:
     max_num_batched_tokens: int
     step_bound_s: float
     """No step of this worker takes longer; a longer silence of the step loop means it hangs."""
-    control: Versions = field(default=CONTROL, metadata=since(control=5, before=FIRST))
+    control: Versions = field(default=CONTROL, metadata=since(control=6, before=FIRST))
     """Of this protocol, that the worker speaks."""
-    kv: Versions = field(default=KV, metadata=since(control=5, before=FIRST))
+    kv: Versions = field(default=KV, metadata=since(control=6, before=FIRST))
     """Of the one that KV endpoints speak with each other."""
 
 
@@ -63,9 +63,19 @@ class Peer:
     incarnation: int
     kv_address: str
     host: str
-    layout: KvLayout | None = field(metadata=since(control=5, before=None))
+    layout: KvLayout | None = field(metadata=since(control=6, before=None))
     """Of the blocks that it gives; whoever fetches them converts. None: as one's own."""
-    kv: Versions = field(default=KV, metadata=since(control=5, before=FIRST))
+    kv: Versions = field(default=KV, metadata=since(control=6, before=FIRST))
+
+
+@dataclass(frozen=True, slots=True)
+class KvHolder:
+    """A worker that is thought to have the beginning of a prompt. It may have less: residency is a hint."""
+
+    peer: Peer
+    tokens: int
+    load: int
+    """Requests running, waiting or fetching there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +121,8 @@ class PrefillReport:
     transfer_bytes: int
     overlap_bytes: int
     """Bytes of `transfer_bytes` that arrived before the prefill's first token did."""
+    reused_tokens: int
+    """Cached or fetched ones, but for those fetched from where they were computed for this very request."""
 
 
 @dataclass(slots=True)
@@ -148,7 +160,7 @@ class Welcome:
     proxy_id: str
     lease_s: float
     """A worker that has not heard from this proxy for so long frees what it holds for it."""
-    control: Versions = field(default=CONTROL, metadata=since(control=5, before=FIRST))
+    control: Versions = field(default=CONTROL, metadata=since(control=6, before=FIRST))
     """Of this protocol, that the proxy speaks."""
 
 
@@ -193,16 +205,14 @@ class Prefill:
     hash_root: bytes
     deadline_s: float
     """Relative, from receipt."""
-    history: Peer | None
-    """A worker that has more of the prompt's beginning, of the turns before, so that fetching it beats computing it."""
-    history_tokens: int
-    """How much it is thought to have."""
+    holders: tuple[KvHolder, ...]
+    """Workers that have more of the prompt's beginning, of the turns before, so that fetching it beats computing it."""
 
 
 @message(7)
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Generate until the request ends; fetch from `source` (and hear the first token there) if one is named."""
+    """Generate until the request ends; fetch what is not here from `holders` and `source`, if any are named."""
 
     request_id: str
     attempt: int
@@ -212,9 +222,9 @@ class Decode:
     hash_root: bytes
     deadline_s: float
     source: Peer | None
-    """The worker that computes (`Prefill`) or holds the prompt's blocks."""
-    source_prefills: bool
-    """True: `source` got a `Prefill` of this attempt. False: it only holds what it holds."""
+    """The worker that got a `Prefill` of this attempt: it makes all blocks, and says the first token."""
+    holders: tuple[KvHolder, ...]
+    """Others that have the prompt's beginning, so that `source` need not send it."""
     recompute_limit: int
     """Tokens this worker may compute itself when blocks do not arrive; above it the request is handed back."""
 

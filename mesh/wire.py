@@ -53,9 +53,9 @@ class Versions:
         return f"{self.lowest} to {self.highest}"
 
 
-CONTROL = Versions(4, 5)
-KV = Versions(4, 5)
-"""5 brought layouts that differ, and says what a process speaks; 4 is the first that is still understood."""
+CONTROL = Versions(5, 6)
+KV = Versions(5, 6)
+"""6 brought layouts that differ, and says what a process speaks; 5 is the first that is still understood."""
 
 
 def since(*, control: int = 0, kv: int = 0, before: Any) -> dict[str, Any]:

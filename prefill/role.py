@@ -2,7 +2,7 @@
 
 Life of a request here:
 
-    1. `Prefill` arrives        with a history: another worker's blocks of it are fetched (FETCHING);
+    1. `Prefill` arrives        with holders of its beginning: their blocks are fetched (FETCHING);
                                 the engine computes the rest chunk by chunk (a request that leaves after one token)
     2. the decode worker's `Fetch` may come before, during or after; completed blocks go out with the chunk that
        completes them
@@ -21,10 +21,10 @@ from kvtransfer.endpoint import BlockArrived, FetchEnded, StreamReleased
 from kvtransfer.endpoint import Event as KvEvent
 from kvtransfer.protocol import Wanted
 from mesh.layout import KvLayout
-from mesh.messages import Abort, Decode, Peer, Prefill, PrefillReport
+from mesh.messages import Abort, Decode, KvHolder, Prefill, PrefillReport
 from worker.firsttoken import FirstToken
 from worker.links import ProxyLink
-from worker.role import Job, Parts, converted_from, engine_request, new_transfer_id
+from worker.role import Job, Parts, converted_from, engine_request, new_transfer_id, same_layout
 from worker.steploop import Expected, Rejected, Stepped
 
 
@@ -32,12 +32,11 @@ from worker.steploop import Expected, Rejected, Stepped
 class PrefillJob(Job):
     """A prompt that is computed here."""
 
-    history: Peer | None
-    history_tokens: int
+    holders: tuple[KvHolder, ...]
     theirs: KvLayout | None
-    """What the history's blocks are converted from."""
+    """What the blocks that come are converted from."""
     transfer_id: bytes = b""
-    """Of the history, while it is fetched."""
+    """From the holders, while they bring something."""
     transfer_s: float = 0.0
     transfer_bytes: int = 0
 
@@ -62,15 +61,9 @@ class PrefillRole:
         if not isinstance(message, Prefill):
             self._parts.refuse_role(Job(message.request_id, message.attempt, link, deadline), message)
             return
-        job = PrefillJob(
-            message.request_id,
-            message.attempt,
-            link,
-            deadline,
-            message.history,
-            max(0, message.history_tokens),
-            converted_from(self._parts.kv.layout, message.history),
-        )
+        layout, holders = same_layout(None, message.holders)
+        theirs = converted_from(self._parts.kv.layout, layout)
+        job = PrefillJob(message.request_id, message.attempt, link, deadline, holders, theirs)
         known = self._jobs.get(message.request_id)
         if not self._parts.is_new(job, known, len(message.tokens)):
             return
@@ -80,7 +73,7 @@ class PrefillRole:
         self._streams[job.key] = job
         self._parts.kv.open_stream(job.key)
         request = engine_request(message, self._parts.clock(), stop_after=1)
-        if job.history is not None:
+        if job.holders:
             self._parts.loop.expect(request, job.theirs)
         else:
             self._parts.loop.add(request)
@@ -120,6 +113,7 @@ class PrefillRole:
             transfer_s=job.transfer_s,
             transfer_bytes=job.transfer_bytes,
             overlap_bytes=0,
+            reused_tokens=request.num_cached_tokens + request.num_fetched_tokens,
         )
         self._parts.metrics.prompt(report)
         self._parts.replies.token(job, out, finish, report)
@@ -128,9 +122,10 @@ class PrefillRole:
 
     def expected(self, event: Expected) -> None:
         job = self._streams.get(event.key)
-        if job is None or job.history is None:
+        if job is None or not job.holders:
             return
-        blocks = job.history_tokens // (job.theirs or self._parts.kv.layout).block_tokens
+        block_tokens = (job.theirs or self._parts.kv.layout).block_tokens
+        blocks = max(h.tokens for h in job.holders) // block_tokens
         wanted = [Wanted(m.index, m.hash, m.valid_tokens) for m in event.missing if m.index < blocks]
         if not wanted:
             self._parts.loop.ready(job.key, ())
@@ -138,7 +133,7 @@ class PrefillRole:
         job.transfer_id = new_transfer_id()
         self._by_transfer[job.transfer_id] = job
         left = job.deadline - self._parts.clock()
-        self._parts.kv.fetch(job.transfer_id, job.attempt, job.history, "", wanted, left)
+        self._parts.kv.gather(job.transfer_id, job.attempt, None, "", job.holders, wanted, left)
 
     def rejected(self, event: Rejected) -> None:
         job = self._streams.get(event.key)
@@ -162,7 +157,7 @@ class PrefillRole:
             self._parts.loop.fill(job.key, event.index, event.payload, job.theirs)
 
     def _fetched(self, event: FetchEnded) -> None:
-        """Whatever of the history did not come is computed."""
+        """Whatever the holders did not bring is computed."""
         job = self._by_transfer.pop(event.transfer_id, None)
         if job is not None:
             job.transfer_s = event.seconds

@@ -76,6 +76,8 @@ class ProxyLink:
         self._warned = False
         self._outbox: deque[bytes] = deque()
         self._connected = False
+        self._complained = False
+        """Of a proxy that ends every handshake, once."""
         self._redial_at = math.inf
         self.socket, self.monitor = self._dial()
 
@@ -169,6 +171,7 @@ class ProxyLink:
             event = recv_monitor_message(self.monitor)["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._connected = True
+                self._complained = False
                 self._redial_at = math.inf
                 self._tried = CONTROL.highest
                 self._register(now)
@@ -177,7 +180,8 @@ class ProxyLink:
                 self._connected = False
                 self._redial_at = now
             else:
-                if event & HANDSHAKE_FAILED:
+                if event & HANDSHAKE_FAILED and not self._complained:
+                    self._complained = True
                     log.warning("proxy %s and this worker do not know each other's keys", self.address)
                 self._connected = False
                 self._redial_at = min(self._redial_at, now + REDIAL_S)

@@ -39,6 +39,8 @@ LAYOUT = KvLayout(layers=2, kv_heads=4, head_dim=64, block_tokens=16, dtype="flo
 class Pages:
     """A runner that never runs: pages, and the kernels that write into them."""
 
+    decodes_ahead = False
+
     def __init__(self, layout: KvLayout) -> None:
         self.layout = layout
         self.num_blocks = 32

@@ -110,7 +110,7 @@ def test_two_present_ones_use_the_highest(tmp_path: Path) -> None:
         assert lease.version == KV.highest
 
 
-@pytest.mark.parametrize("spoken", [Versions(6, 8), Versions(1, 3)])
+@pytest.mark.parametrize("spoken", [Versions(7, 8), Versions(1, 3)])
 def test_without_a_common_version_a_holder_is_not_asked(spoken: Versions, tmp_path: Path) -> None:
     with connected(tmp_path) as pair:
         peer = replace(pair.holder.endpoint.peer, kv=spoken)

@@ -40,13 +40,13 @@ WRITTEN_BEFORE: list[tuple[Any, list[Any]]] = [
 @pytest.mark.parametrize(
     ("mine", "theirs", "common"),
     [
-        ((4, 5), (4, 5), 5),
-        ((4, 5), (4, 4), 4),
-        ((4, 5), (5, 9), 5),
-        ((4, 5), (1, 4), 4),
-        ((4, 5), (6, 7), None),
-        ((4, 5), (1, 3), None),
-        ((4, 5), (9, 1), None),
+        ((5, 6), (5, 6), 6),
+        ((5, 6), (5, 5), 5),
+        ((5, 6), (6, 9), 6),
+        ((5, 6), (1, 5), 5),
+        ((5, 6), (7, 8), None),
+        ((5, 6), (1, 4), None),
+        ((5, 6), (9, 1), None),
     ],
 )
 def test_the_highest_common_version(mine: tuple[int, int], theirs: tuple[int, int], common: int | None) -> None:
@@ -75,7 +75,7 @@ def test_what_was_not_said_before_is_what_it_stood_for() -> None:
     register = decode(encode(Register(INFO), 3, version=BEFORE)).message
     assert (register.worker.control, register.worker.kv) == (FIRST, FIRST)
     assert register.worker.layout == LAYOUT
-    message = Decode("r", 1, (1,), 1, SamplingParams(max_tokens=1), b"root", 5.0, PEER, True, 9)
+    message = Decode("r", 1, (1,), 1, SamplingParams(max_tokens=1), b"root", 5.0, PEER, (), 9)
     source = decode(encode(message, 1, version=BEFORE)).message.source
     assert (source.worker_id, source.layout, source.kv) == ("p", None, FIRST)
     assert decode(encode(message, 1)).message == message
@@ -88,9 +88,9 @@ def test_every_version_is_said_in_a_welcome_and_a_registration() -> None:
 
 @pytest.mark.parametrize("version", [0, -1, BEFORE - 1, CONTROL.highest + 1, 2**64 - 1])
 def test_another_version_is_refused_in_one_sentence(version: int) -> None:
-    with pytest.raises(OtherVersion, match=f"^control protocol {version}; this process speaks 4 to 5$"):
+    with pytest.raises(OtherVersion, match=f"^control protocol {version}; this process speaks 5 to 6$"):
         decode(msgpack.packb([version, 1, 0, 0, "a body of whatever form"]))
-    with pytest.raises(OtherVersion, match=f"^KV protocol {version}; this process speaks 4 to 5$"):
+    with pytest.raises(OtherVersion, match=f"^KV protocol {version}; this process speaks 5 to 6$"):
         decode(msgpack.packb([version, 32, 0, 0, None]))
 
 

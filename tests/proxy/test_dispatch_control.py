@@ -248,7 +248,7 @@ def test_a_worker_that_cannot_convert_serves_with_equal_ones_alone(
                 await mesh.worker("d1", "decode", layout=new.layout)
                 old = info("d0", "decode")
                 mesh.dial(old).send_raw(wire.encode(Register(old), old.incarnation, version=BEFORE))
-            await mesh.until(lambda: "KV protocol 4 of" in caplog.text)
+            await mesh.until(lambda: "KV protocol 5 of" in caplog.text)
             assert "block_tokens is" in caplog.text
             assert len(mesh.fleet.pool.workers()) == 1
 
@@ -274,7 +274,7 @@ def test_a_worker_without_a_common_version_is_told_so(tmp_path: Path, caplog: py
             for _ in range(2):
                 future.send_raw(msgpack.packb([9, 1, 1, 0, ["a body that nobody here knows"]]))
                 assert (await future.expect(OtherVersions)).control == CONTROL
-            assert caplog.text.count("control protocol 9; this process speaks 4 to 5") == 1
+            assert caplog.text.count("control protocol 9; this process speaks 5 to 6") == 1
             assert not mesh.fleet.pool.workers()
 
     with caplog.at_level(logging.WARNING):
@@ -289,7 +289,7 @@ def test_workers_without_a_common_kv_protocol_do_not_serve_together(
             await mesh.worker("d0", "decode")
             other = info("d1", "decode", kv=Versions(7, 8))
             mesh.dial(other).send(Register(other))
-            await mesh.until(lambda: "d1 speaks KV protocol 7 to 8 and d0 4 to 5" in caplog.text)
+            await mesh.until(lambda: "d1 speaks KV protocol 7 to 8 and d0 5 to 6" in caplog.text)
 
     with caplog.at_level(logging.WARNING):
         asyncio.run(scenario())
@@ -490,7 +490,7 @@ class AutoWorker:
                 range(len(message.tokens) - message.num_prompt_tokens)
             )
             given = len(message.tokens) - message.num_prompt_tokens
-            self._jobs[message.request_id] = (message, given + message.source_prefills * self._rng.randint(0, 1))
+            self._jobs[message.request_id] = (message, given + (message.source is not None) * self._rng.randint(0, 1))
 
     def step(self) -> None:
         for request_id, (job, index) in list(self._jobs.items()):

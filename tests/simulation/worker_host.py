@@ -247,7 +247,7 @@ class WorkerHost(Host):
             "jobs": self.process._role.num_jobs,
             "requests": load.running + load.waiting + load.fetching + load.held,
             "held blocks": load.held_blocks,
-            "fetching": stats.fetching,
+            "fetching": stats.fetching + len(self.kv._gatherer._gathers) + len(self.kv._gatherer._parts),
             "serving": stats.serving,
             "streams": stats.held_streams,
             "slots": stats.slots,

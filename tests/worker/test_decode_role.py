@@ -7,15 +7,19 @@ from dataclasses import replace
 import pytest
 
 from decode.role import DecodeRole
-from engine.step import Missing
+from engine.request import EngineRequest
+from engine.step import Missing, StepOutput, TokenOut
 from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted
-from mesh.messages import Abort, Refused
-from tests.worker.role_fakes import HOLDER, LAYOUT, Bench, decode_message
+from mesh.messages import Abort, KvHolder, Peer, Refused
+from mesh.params import SamplingParams
+from tests.worker.role_fakes import DECODE, LAYOUT, OTHER, SOURCE, Bench, decode_message
 from worker.firsttoken import FirstToken
-from worker.steploop import Expected, Rejected
+from worker.steploop import Expected, Rejected, Stepped
 
 KEY = "r#1"
 BLOCKS = tuple(Missing(i, bytes([i]) * 16, 4 if i < 2 else 2) for i in range(3))
+
+HOLDERS = (KvHolder(DECODE, 4, 0), KvHolder(OTHER, 8, 3))
 
 
 def fetching(bench: Bench, limit: int = 4) -> tuple[DecodeRole, bytes]:
@@ -23,7 +27,7 @@ def fetching(bench: Bench, limit: int = 4) -> tuple[DecodeRole, bytes]:
     role = DecodeRole(bench.parts)
     role.assign(bench.proxy, decode_message(limit=limit))
     role.expected(Expected(KEY, BLOCKS))
-    return role, bench.kv.named("fetch")[0][0]
+    return role, bench.kv.named("gather")[0][0]
 
 
 def ended(transfer_id: bytes, outcome: str = "ok") -> FetchEnded:
@@ -34,6 +38,37 @@ def test_without_a_source_the_engine_computes_the_prompt() -> None:
     bench = Bench()
     DecodeRole(bench.parts).assign(bench.proxy, decode_message(source=None))
     assert [request.key for (request,) in bench.loop.named("add")] == [KEY]
+
+
+def test_a_fetch_goes_to_the_source_and_to_the_holders() -> None:
+    bench = Bench()
+    role = DecodeRole(bench.parts)
+    role.assign(bench.proxy, decode_message(holders=HOLDERS))
+    role.expected(Expected(KEY, BLOCKS))
+    ((_, attempt, maker, stream, holders, wanted, left),) = bench.kv.named("gather")
+    assert (attempt, maker, stream, holders, left) == (1, SOURCE, KEY, HOLDERS, 60.0)
+    assert [(w.index, w.name, w.valid_tokens) for w in wanted] == [(m.index, m.hash, m.valid_tokens) for m in BLOCKS]
+
+
+def test_without_a_source_holders_are_fetched_from_and_need_not_have_all() -> None:
+    bench = Bench()
+    role = DecodeRole(bench.parts)
+    role.assign(bench.proxy, decode_message(source=None, holders=HOLDERS, limit=10))
+    role.expected(Expected(KEY, BLOCKS))
+    ((transfer, _, maker, stream, holders, *_),) = bench.kv.named("gather")
+    assert (maker, stream, holders) == (None, "", HOLDERS)
+    role.transferred([BlockArrived(transfer, 0, bytes(16)), ended(transfer)])
+    assert bench.loop.named("ready") == [(KEY, ())]
+    assert bench.counted("kvmesh_recomputed_tokens_total") == 0
+
+
+def test_without_a_source_a_fully_cached_prompt_fetches_nothing() -> None:
+    bench = Bench()
+    role = DecodeRole(bench.parts)
+    role.assign(bench.proxy, decode_message(source=None, holders=HOLDERS))
+    role.expected(Expected(KEY, ()))
+    assert bench.kv.named("gather") == []
+    assert bench.loop.named("ready") == [(KEY, ())]
 
 
 def test_arrived_blocks_and_the_noted_token_start_the_request() -> None:
@@ -58,7 +93,7 @@ def test_a_noted_token_that_fills_the_context_here_is_generated_again() -> None:
     role = DecodeRole(bench.parts)
     role.assign(bench.proxy, decode_message(tokens=bench.parts.max_model_len - 1))
     role.expected(Expected(KEY, BLOCKS))
-    transfer = bench.kv.named("fetch")[0][0]
+    transfer = bench.kv.named("gather")[0][0]
     blocks = [BlockArrived(transfer, i, bytes(16)) for i in range(3)]
     role.transferred([Noted(transfer, FirstToken(0, 42, None).pack()), *blocks, ended(transfer)])
     assert bench.loop.named("ready") == [(KEY, ())]
@@ -99,11 +134,11 @@ def test_what_is_owed_is_counted_in_blocks_that_are_whole_here(their_size: int, 
     bench = Bench()
     role = DecodeRole(bench.parts)
     layout = replace(LAYOUT, block_tokens=their_size)
-    role.assign(bench.proxy, decode_message(source=replace(HOLDER, layout=layout), limit=max(0, owed - 1)))
+    role.assign(bench.proxy, decode_message(source=replace(SOURCE, layout=layout), limit=max(0, owed - 1)))
     assert [theirs for _, theirs in bench.loop.named("expect")] == [layout]
     count = -(-10 // their_size)
     role.expected(Expected(KEY, tuple(Missing(i, bytes([i]) * 16, their_size) for i in range(count))))
-    transfer = bench.kv.named("fetch")[0][0]
+    transfer = bench.kv.named("gather")[0][0]
     role.transferred([*(BlockArrived(transfer, i, b"block") for i in sorted(came)), ended(transfer)])
     assert bench.loop.named("fill") == [(KEY, i, b"block", layout) for i in sorted(came)]
     if owed:
@@ -115,7 +150,7 @@ def test_what_is_owed_is_counted_in_blocks_that_are_whole_here(their_size: int, 
 def test_blocks_that_cannot_be_converted_are_not_expected_in_their_form() -> None:
     """The fetch is refused and the prompt computed."""
     bench = Bench()
-    strange = replace(HOLDER, layout=replace(LAYOUT, block_tokens=0))
+    strange = replace(SOURCE, layout=replace(LAYOUT, block_tokens=0))
     DecodeRole(bench.parts).assign(bench.proxy, decode_message(source=strange))
     assert [theirs for _, theirs in bench.loop.named("expect")] == [None]
 
@@ -205,11 +240,24 @@ def test_what_the_engine_cannot_fit_is_refused() -> None:
     assert bench.counted("kvmesh_refused_requests_total", code="no_memory") == 1
 
 
+@pytest.mark.parametrize(("source", "reused"), [(SOURCE, 2), (None, 8)])
+def test_what_was_computed_for_the_request_elsewhere_is_not_reused(source: Peer | None, reused: int) -> None:
+    bench = Bench()
+    role = DecodeRole(bench.parts)
+    role.assign(bench.proxy, decode_message(source=source, holders=HOLDERS))
+    request = EngineRequest(KEY, list(range(11)), 10, SamplingParams(max_tokens=8), b"root")
+    request.num_cached_tokens, request.num_fetched_tokens = 2, 6
+    role.stepped(Stepped(StepOutput((TokenOut(request, 0, 5, None, None),), (), (), (), 10), 0.1, ()))
+    bench.replies.flush()
+    report = bench.link.sent[0].deltas[0].report
+    assert (report.cached_tokens, report.fetched_tokens, report.reused_tokens) == (2, 6, reused)
+
+
 def test_a_fully_cached_prompt_starts_at_once_and_still_frees_its_holder() -> None:
     bench = Bench()
     role = DecodeRole(bench.parts)
     role.assign(bench.proxy, decode_message())
     role.expected(Expected(KEY, ()))
-    (transfer, *_), *_ = bench.kv.named("fetch")
+    (transfer, *_), *_ = bench.kv.named("gather")
     role.transferred([ended(transfer)])
     assert bench.loop.named("ready") == [(KEY, ())]

@@ -157,16 +157,16 @@ def test_registrations_without_an_answer_go_through_all_versions(ends: tuple[Pro
         clock.now += REGISTER_EVERY_S
         link.tick(clock.now)
         versions.append(proxy.version_of_next())
-    assert versions == [5, 4, 5, 4]
+    assert versions == [6, 5, 6, 5]
 
 
 def test_a_proxy_that_says_its_versions_is_spoken_to_in_the_common_one(ends: tuple[Proxy, ProxyLink, Clock]) -> None:
     proxy, link, clock = ends
     proxy.receive()
-    assert proxy.send(link, OtherVersions(Versions(2, 4))) == []
+    assert proxy.send(link, OtherVersions(Versions(2, 5))) == []
     clock.now += REGISTER_EVERY_S
     link.tick(clock.now)
-    assert proxy.version_of_next() == 4
+    assert proxy.version_of_next() == 5
 
 
 def test_without_a_common_version_one_sentence_is_logged(
@@ -177,5 +177,5 @@ def test_without_a_common_version_one_sentence_is_logged(
     for _ in range(2):
         assert proxy.send(link, OtherVersions(Versions(7, 9))) == []
     (record,) = [r for r in caplog.records if "control protocol" in r.message]
-    assert record.message.endswith("speaks control protocol 7 to 9 and this worker 4 to 5")
+    assert record.message.endswith("speaks control protocol 7 to 9 and this worker 5 to 6")
     assert not link.registered

@@ -9,10 +9,10 @@ import pytest
 from engine.request import EngineRequest
 from engine.step import Missing, StepOutput, TokenOut
 from kvtransfer.endpoint import BlockArrived, FetchEnded, StreamReleased
-from mesh.messages import Abort, TokenBatch
+from mesh.messages import Abort, KvHolder, TokenBatch
 from mesh.params import SamplingParams
 from prefill.role import PrefillRole
-from tests.worker.role_fakes import DECODE, LAYOUT, Bench, decode_message, prefill_message
+from tests.worker.role_fakes import DECODE, LAYOUT, OTHER, Bench, decode_message, prefill_message
 from worker.firsttoken import FirstToken
 from worker.steploop import Expected, Stepped
 
@@ -117,12 +117,15 @@ LACKED = tuple(Missing(i, bytes([i]) * 16, 4 if i < 2 else 2) for i in range(3))
 """Of a prompt of ten tokens in blocks of four."""
 
 
-def fetching(bench: Bench, history: int = 8) -> tuple[PrefillRole, bytes]:
-    """A role that fetches a prompt's history from the decode worker, and the transfer's id."""
+HOLDERS = (KvHolder(DECODE, 4, 0), KvHolder(OTHER, 8, 3))
+
+
+def fetching(bench: Bench) -> tuple[PrefillRole, bytes]:
+    """A role that fetches a prompt's history from two workers, and the transfer's id."""
     role = PrefillRole(bench.parts)
-    role.assign(bench.proxy, prefill_message(history=history))
+    role.assign(bench.proxy, prefill_message(holders=HOLDERS))
     role.expected(Expected(KEY, LACKED))
-    ((transfer, *_),) = bench.kv.named("fetch")
+    ((transfer, *_),) = bench.kv.named("gather")
     return role, transfer
 
 
@@ -130,13 +133,13 @@ def ended(transfer: bytes, outcome: str = "ok") -> FetchEnded:
     return FetchEnded(transfer, (), outcome, 0, 0.25, 0, "")
 
 
-def test_a_history_is_fetched_from_the_decode_worker_before_the_rest_is_computed() -> None:
+def test_a_history_is_fetched_from_its_holders_before_the_rest_is_computed() -> None:
     bench = Bench()
     role, transfer = fetching(bench)
     assert [(r.hold, theirs) for r, theirs in bench.loop.named("expect")] == [(True, None)]
     assert bench.kv.named("open_stream") == [(KEY,)], "the decode worker's fetch may come meanwhile"
-    ((_, attempt, peer, stream, wanted, left),) = bench.kv.named("fetch")
-    assert (attempt, peer, stream, left) == (1, DECODE, "", 60.0)
+    ((_, attempt, maker, stream, holders, wanted, left),) = bench.kv.named("gather")
+    assert (attempt, maker, stream, holders, left) == (1, None, "", HOLDERS, 60.0)
     assert [(w.index, w.name, w.valid_tokens) for w in wanted] == [(0, bytes(16), 4), (1, bytes([1]) * 16, 4)]
     role.transferred([BlockArrived(transfer, 1, b"one"), BlockArrived(transfer, 0, b"zero")])
     assert bench.loop.named("fill") == [(KEY, 1, b"one", None), (KEY, 0, b"zero", None)]
@@ -149,14 +152,16 @@ def test_a_history_is_fetched_from_the_decode_worker_before_the_rest_is_computed
 def test_a_history_in_larger_blocks_is_asked_for_in_those() -> None:
     bench = Bench()
     role = PrefillRole(bench.parts)
-    message = prefill_message(history=8)
     layout = replace(LAYOUT, block_tokens=8)
-    role.assign(bench.proxy, replace(message, history=replace(DECODE, layout=layout)))
+    large = KvHolder(replace(DECODE, layout=layout), 8, 0)
+    small = KvHolder(OTHER, 8, 0)
+    role.assign(bench.proxy, prefill_message(holders=(large, small)))
     assert [theirs for _, theirs in bench.loop.named("expect")] == [layout]
     role.expected(Expected(KEY, (Missing(0, bytes(16), 8), Missing(1, bytes(16), 2))))
-    (wanted,) = [call[4] for call in bench.kv.named("fetch")]
+    ((transfer, _, _, _, holders, wanted, _),) = bench.kv.named("gather")
+    assert holders == (large,), "one fetch is in one block size"
     assert [(w.index, w.valid_tokens) for w in wanted] == [(0, 8)], "of 8 tokens that are said to be there"
-    role.transferred([BlockArrived(bench.kv.named("fetch")[0][0], 0, b"both")])
+    role.transferred([BlockArrived(transfer, 0, b"both")])
     assert bench.loop.named("fill") == [(KEY, 0, b"both", layout)]
 
 
@@ -169,7 +174,7 @@ def test_what_is_fetched_is_told_to_the_proxy() -> None:
     role.stepped(event)
     bench.replies.flush()
     report = bench.link.sent[0].deltas[0].report
-    assert (report.cached_tokens, report.fetched_tokens, report.computed_tokens) == (0, 4, 6)
+    assert (report.cached_tokens, report.fetched_tokens, report.computed_tokens, report.reused_tokens) == (0, 4, 6, 4)
     assert (report.transfer_s, report.transfer_bytes) == (0.25, 16)
 
 
@@ -185,9 +190,9 @@ def test_a_history_that_does_not_come_is_computed(outcome: str) -> None:
 def test_a_history_that_is_here_is_not_fetched() -> None:
     bench = Bench()
     role = PrefillRole(bench.parts)
-    role.assign(bench.proxy, prefill_message(history=8))
+    role.assign(bench.proxy, prefill_message(holders=HOLDERS))
     role.expected(Expected(KEY, LACKED[2:]))
-    assert not bench.kv.named("fetch")
+    assert not bench.kv.named("gather")
     assert bench.loop.named("ready") == [(KEY, ())]
 
 
