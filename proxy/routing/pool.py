@@ -33,7 +33,7 @@ RETURN_WINDOW_S = 60.0
 MAX_WORKERS = 4096
 """Fences kept; the oldest worker id without a live process is forgotten above it."""
 
-CONVERTING = 5
+CONVERTING = 6
 """The first version of the KV protocol whose speakers convert between layouts."""
 
 IDLE = Load(0, 0, 0, 0, 0, 0, 0, 0, 0.0)
