@@ -4,6 +4,7 @@
 # make test-clients   other people's clients (langchain, guidellm, aiperf, lm-eval), each in an environment of its own
 # make bench-peers   our engine and service beside vLLM's CPU build and transformers', which get an environment of their own
 # make simulate   a simulated fleet with a million injected faults   (SIMULATE='--fresh --seconds 60': new seeds)
+# make faults   two hundred runs of real processes whose links are damaged and whose workers die   (FAULTS='--first 200')
 # make fuzz  a million damaged frames for the decoders, 20,000 requests drawn from the API's own description, and as many
 #            to a real service
 
@@ -13,6 +14,7 @@ TEST_WORKERS ?= 2
 MODEL ?=
 FLAGS ?=
 SIMULATE ?= --faults 1000000
+FAULTS ?= --seeds 200
 
 BIN := $(VENV)/bin
 PEERS := $(VENV)/peers
@@ -21,7 +23,7 @@ INSTALLED_DEV := $(VENV)/.kvmesh-installed-dev
 
 CLIENTS := $(patsubst tests/clients/requirements/%.txt,$(VENV)/clients/%,$(wildcard tests/clients/requirements/*.txt))
 
-.PHONY: up test test-clients bench-peers simulate fuzz lint clean
+.PHONY: up test test-clients bench-peers simulate faults fuzz lint clean
 
 up: $(INSTALLED)
 	$(BIN)/kvmesh up $(FLAGS) $(MODEL)
@@ -61,6 +63,9 @@ fuzz: $(INSTALLED_DEV)
 
 simulate: $(INSTALLED_DEV)
 	$(BIN)/python -m tests.simulation $(SIMULATE)
+
+faults: $(INSTALLED_DEV)
+	$(BIN)/python -m tests.faults $(FAULTS)
 
 clean:
 	rm -rf $(VENV)

@@ -27,14 +27,13 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.measure import table
-from kernels.sampling import Draws
 from kernels.triton.activation import silu_and_mul
 from kernels.triton.attention import paged_attention
 from kernels.triton.blocks import copy_blocks, gather_blocks
-from kernels.triton.metadata import PagedMetadata, Splits
+from kernels.triton.metadata import PagedMetadata
 from kernels.triton.norm import add_rms_norm, rms_norm
 from kernels.triton.rotary import rotate_and_write
-from kernels.triton.sampling import draw
+from kernels.triton.sampling import FIELDS, draw_packed
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -158,7 +157,7 @@ def metadata(model: Model, decode_rows: int, tiles: int, splits: int) -> PagedMe
         tile_starts=ints(tiles),
         tile_queries=128 // (model.heads // model.kv_heads),
         decode_rows=decode_rows,
-        splits={model.window: Splits(256, splits)},
+        splits={model.window: splits},
     )
 
 
@@ -179,8 +178,8 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     yield f"{HIDDEN} + residual", partial(add_rms_norm, x, x, weight, 1e-6)
     yield "40x128", partial(rms_norm, empty(64, 48, 128)[:, :40], empty(40, 128), 1e-6)
     yield f"{INNER}", partial(silu_and_mul, empty(64, 2 * INNER))
-    draws = Draws([1.0], [50], [0.9], [0.1], [0.5])
-    yield f"{VOCAB}", partial(draw, empty(1, VOCAB, dtype=torch.float32), draws)
+    logits, numbers = empty(1, VOCAB, dtype=torch.float32), empty(1, FIELDS, dtype=torch.float64)
+    yield f"{VOCAB}", partial(draw_packed, logits, numbers)
     yield "gather", partial(gather_blocks, pool, blocks)
     yield "copy", partial(copy_blocks, pool, blocks, blocks)
 

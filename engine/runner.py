@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.decode_step import DecodeStep
+from engine.decoding import Decoding
 from engine.memory import activation_bytes, check_weights, count_blocks, free_bytes
 from engine.model.config import DTYPES, ModelConfig
 from engine.model.digest import model_digest
@@ -20,9 +22,12 @@ from engine.request import EngineRequest
 from engine.sampler import prompt_logprobs, sample
 from engine.step import Row, Sampled
 from kernels.blocks import allocate_pool, read_block, write_block
+from kernels.conversion import numbers_of, write_part
+from kernels.upload import upload
 from mesh.errors import EXIT_ENVIRONMENT, EXIT_MEMORY, EXIT_USAGE, StartupError
 from mesh.layout import KvLayout
 from mesh.messages import TokenLogprob
+from mesh.pieces import Piece
 
 LOGIT_BYTES = 64 << 20
 """Prompt log-probabilities are computed in slices: a whole chunk's logits can be larger than the model."""
@@ -42,6 +47,8 @@ class ModelRunner:
         max_model_len: int,
         digest: bytes,
         device: torch.device,
+        max_num_seqs: int,
+        progress: Progress | None = None,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -55,6 +62,14 @@ class ModelRunner:
             self._pool = _allocate_pool(layout, num_blocks, device)
             windows = sorted(set(config.windows))
             self._build_metadata = model.ops.metadata_builder(self._pool, config.num_heads, windows)
+            self._decoding: Decoding | None = None
+            self.decodes_ahead = model.ops.static is not None
+            if model.ops.static is not None:
+                max_blocks = -(-max_model_len // layout.block_tokens)
+                step = DecodeStep(model, model.ops.static, self._pool, windows, max_num_seqs, max_blocks)
+                self._decoding = Decoding(step, layout.block_tokens, model.ops.draw)
+                if device.type == "cuda":
+                    step.capture(progress)
 
     @staticmethod
     def load(
@@ -67,6 +82,7 @@ class ModelRunner:
         memory_utilization: float,
         max_model_len: int,
         max_num_batched_tokens: int,
+        max_num_seqs: int = 256,
         progress: Progress | None = None,
     ) -> ModelRunner:
         """Loads a Hugging Face directory and sizes the pool.
@@ -86,11 +102,16 @@ class ModelRunner:
         free -= activation_bytes(config, max_num_batched_tokens, number.itemsize)
         blocks = count_blocks(num_blocks, layout.block_bytes, free, place)
         length = _context_length(max_model_len, config, blocks * block_tokens)
-        return ModelRunner(config, model, layout, blocks, length, model_digest(model_dir), place)
+        digest = model_digest(model_dir)
+        return ModelRunner(config, model, layout, blocks, length, digest, place, max_num_seqs, progress)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> list[Sampled]:
         """Computes the rows' KV into their pages and samples where a row catches up. One result per row."""
+        return self._compute(rows) if self._decoding is None else self._decoding.run(rows, self._compute)
+
+    def _compute(self, rows: Sequence[Row]) -> list[Sampled]:
+        """All rows in one pass."""
         if not rows:
             return []
         hidden, starts = self._forward(rows)
@@ -114,6 +135,13 @@ class ModelRunner:
     def write_block(self, block: int, payload: bytes | memoryview) -> None:
         """Overwrites the page; `len(payload) == layout.block_bytes`."""
         write_block(self._pool, block, payload)
+
+    @torch.inference_mode()
+    def write_parts(self, payload: bytes | memoryview, theirs: KvLayout, parts: Sequence[tuple[int, Piece]]) -> None:
+        """Writes parts of one block of a worker whose layout is `theirs`, each into its page, converted."""
+        numbers = numbers_of(payload, theirs.shape, getattr(torch, theirs.dtype), self._device)
+        for block, piece in parts:
+            write_part(self._pool, block, piece.target, numbers, piece.source)
 
     def _forward(self, rows: Sequence[Row]) -> tuple[Tensor, list[int]]:
         """Hidden states `[tokens, hidden]` and, per row, the index of its first token in them."""
@@ -150,7 +178,7 @@ class ModelRunner:
         return tuple(entries)
 
     def _ints(self, values: Sequence[int]) -> Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self._device)
+        return upload(np.asarray(values, dtype=np.int64), self._device)
 
 
 def _kv_tokens(row: Row) -> int:
@@ -205,9 +233,8 @@ def _context_length(wanted: int, config: ModelConfig, pool_tokens: int) -> int:
 
 
 def _allocate_pool(layout: KvLayout, num_blocks: int, device: torch.device) -> Tensor:
-    shape = (num_blocks, layout.layers, 2, layout.kv_heads, layout.block_tokens, layout.head_dim)
     try:
-        return allocate_pool(shape, getattr(torch, layout.dtype), device)
+        return allocate_pool((num_blocks, *layout.shape), getattr(torch, layout.dtype), device)
     except (RuntimeError, MemoryError, OSError):
         size = num_blocks * layout.block_bytes
         raise StartupError(f"cannot allocate a KV pool of {size} bytes on {device}", EXIT_MEMORY) from None

@@ -37,7 +37,7 @@ def sample(logits: Tensor, requests: Sequence[EngineRequest], draw: Draw = draw)
     if not requests:
         return []
     logits, failures = _adjusted(logits, requests)
-    tokens = draw(logits, draws(requests))
+    tokens = draw(logits, draws(requests, [request.num_tokens for request in requests]))
     logprobs = _logprobs(logits, requests, tokens)
     results = [Sampled(token, logprob) for token, logprob in zip(tokens.tolist(), logprobs, strict=True)]
     for row, failure in failures.items():
@@ -189,8 +189,22 @@ def _per_row(rows: Sequence[int], values: Sequence[float], places: Tensor, logit
     return by_row.to(logits.device)[places // logits.shape[1]]
 
 
-def draws(requests: Sequence[EngineRequest]) -> Draws:
-    """How each request's next token is drawn."""
+def needs_host(request: EngineRequest) -> bool:
+    """Sampling its next token takes more than logits and a draw: something that only the host knows, or wants."""
+    params = request.params
+    return (
+        params.logprobs is not None
+        or request.matcher is not None
+        or request.thought is not None
+        or params.repetition_penalty != 1.0
+        or bool(params.presence_penalty or params.frequency_penalty)
+        or bool(params.logit_bias or params.bad_words or params.allowed_token_ids)
+        or request.num_output_tokens < params.min_tokens
+    )
+
+
+def draws(requests: Sequence[EngineRequest], positions: Sequence[int]) -> Draws:
+    """How each request's token at the absolute position is drawn."""
     params = [request.params for request in requests]
     return Draws(
         temperature=[p.temperature for p in params],
@@ -198,8 +212,8 @@ def draws(requests: Sequence[EngineRequest]) -> Draws:
         top_p=[p.top_p for p in params],
         min_p=[p.min_p for p in params],
         uniform=[
-            uniform(p.seed, p.choice, request.num_tokens) if p.temperature > 0 else 0.0
-            for p, request in zip(params, requests, strict=True)
+            uniform(p.seed, p.choice, position) if p.temperature > 0 else 0.0
+            for p, position in zip(params, positions, strict=True)
         ],
     )
 

@@ -53,13 +53,17 @@ class Admission(Enum):
 class Scheduler:
     """Owns the WAITING and RUNNING queues of one engine."""
 
-    def __init__(self, config: EngineConfig, blocks: RequestBlocks, fetching: Fetching) -> None:
+    def __init__(
+        self, config: EngineConfig, blocks: RequestBlocks, fetching: Fetching, looks_ahead: bool = False
+    ) -> None:
+        """`looks_ahead`: a row gets the page for the position after its own too, while there are any."""
         self.waiting = ArrivalQueue()
         self.running = ArrivalQueue()
         self.num_preemptions = 0
         self._config = config
         self._blocks = blocks
         self._fetching = fetching
+        self._looks_ahead = looks_ahead
         self._awaited: dict[str, BlockHash] = {}
         """What a passed request waits for: while that is in flight, nothing else of it needs a look."""
 
@@ -92,6 +96,9 @@ class Scheduler:
         budget = self._continue_running(rows)
         if self.waiting:
             self._admit_waiting(rows, budget, now)
+        if self._looks_ahead:
+            for row in rows:
+                self._blocks.grow(row.request, row.request.num_computed_tokens + row.num_tokens + 1)
         return rows
 
     def _continue_running(self, rows: list[Row]) -> int:

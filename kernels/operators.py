@@ -6,10 +6,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.linear import GatedLinear, Linear
-from kernels.sampling import Draw
+from kernels.sampling import Draw, Draws
 
 
 class Metadata(Protocol):
@@ -27,6 +29,21 @@ Builder = Callable[[Sequence[int], Sequence[int], Sequence[Sequence[int]]], M]
 best sorted by both lengths."""
 
 
+StaticBuilder = Callable[[Tensor, Tensor], M]
+"""`positions` `[rows]` int32, below 0 where a row stands for nothing, and `tables` `[rows, pages]` int32."""
+
+
+@dataclass(frozen=True, slots=True)
+class StaticOperators(Generic[M]):
+    """What decode steps need whose inputs lie in device memory that stays the same."""
+
+    metadata_builder: Callable[[Tensor, Collection[int]], StaticBuilder[M]]
+    """For steps of one token per row over a pool, for layers with these windows."""
+    pack_draws: Callable[[Draws, int], NDArray[np.float64]]
+    """For a vocabulary of that size: what `draw` takes, as `[rows, fields]`."""
+    draw: Callable[[Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class Operators(Generic[M]):
     """Shapes are in the docstrings of the plain torch ones."""
@@ -39,3 +56,5 @@ class Operators(Generic[M]):
     rotate_and_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, M], Tensor]
     paged_attention: Callable[[Tensor, Tensor, int, M, int], Tensor]
     draw: Draw
+    static: StaticOperators[M] | None = None
+    """None: every step's inputs are built anew, by `metadata_builder`."""

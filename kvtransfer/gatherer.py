@@ -68,7 +68,7 @@ class Gatherer:
         emit: Callable[[Event], None],
     ) -> None:
         self._fetcher = fetcher
-        self._block_tokens = layout.block_tokens
+        self._layout = layout
         self._clock = clock
         self._emit = emit
         self._pace = Pace(host, layout)
@@ -92,12 +92,14 @@ class Gatherer:
         now = self._clock()
         by_index = {w.index: w for w in wanted}
         everything = mask_of(by_index)
-        full = mask_of(w.index for w in wanted if w.valid_tokens == self._block_tokens)
         made = () if maker is None else (KvHolder(maker, 0, 0),)
         others = tuple({h.peer: h for h in holders if h.peer != maker}.values())
+        layout = next((h.peer.layout for h in (*made, *others)), None) or self._layout
+        size = max(1, layout.block_tokens)  # a layout that is none is refused when its holder is asked
+        full = mask_of(w.index for w in wanted if w.valid_tokens == size)
         sources = (
             *(Source(everything, spare=True) for _ in made),
-            *(Source(full & ((1 << max(0, h.tokens) // self._block_tokens) - 1)) for h in others),
+            *(Source(full & ((1 << max(0, h.tokens) // size) - 1)) for h in others),
         )
         gather = Gather(
             transfer_id,

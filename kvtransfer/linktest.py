@@ -123,7 +123,7 @@ def holder(
         station.endpoint.close()
         return
     with started("-P", "-m", "kvtransfer.linktest", route, folder, str(kib)) as address:
-        yield Peer("7", 7, address, "bench"), None
+        yield Peer("7", 7, address, "bench", layout_of(kib)), None
 
 
 def fetch_once(station: Station, other: Station | None, peer: Peer, pages: Pages) -> float:

@@ -15,9 +15,9 @@ from kvtransfer.transports.choice import NCCL, unfit
 BEST_FIRST = (cuda.NAME, shm.NAME, NCCL, inline.NAME)
 """`local` is for endpoints of one process, `gloo` for tests: no pair of workers has a reason to use them."""
 NO_KEYS = "other hosts are refused before the fleet has keys (`kvmesh keys DIR`, --keys DIR)"
-Against = Callable[[str], str]
 Place = Callable[[str, Mapping[str, str]], str]
-"""Why two workers in some place cannot use a transport, by its name and what failed here; empty: nothing."""
+"""What a place has against a transport, by what went wrong with the routes."""
+Against = Callable[[str], str]
 """Why two workers in one place cannot use a transport; empty: they can."""
 
 

@@ -356,7 +356,9 @@ def _refused(state: ChoiceState, event: WorkerRefused, now: float) -> Step:
     if event.code == "blocks_missing":  # the decode worker only reports what did not come
         culprits = frozenset((attempt.source,)) if attempt.source is not None else attempt.holders
     state = state._replace(excluded=state.excluded | culprits)
-    return _again(state, now, "refused", setback=event.code != "draining")
+    if event.code == "draining":  # as good as lost: the fleet does not say no, so nobody holds the next attempt back
+        return _again(state, now, "lost", setback=False)
+    return _again(state, now, "refused")
 
 
 def _final_refusal(event: WorkerRefused) -> Fail:

@@ -178,6 +178,7 @@ def load_runner(settings: WorkerSettings) -> ModelRunner | SimRunner:
         memory_utilization=settings.gpu_memory_utilization,
         max_model_len=settings.max_model_len,
         max_num_batched_tokens=settings.max_num_batched_tokens or CPU_STEP_TOKENS,
+        max_num_seqs=settings.max_num_seqs,
         progress=report,
     )
 

@@ -1,7 +1,8 @@
 """Attention of decoded tokens: one query per row, over keys that are split among programs (Flash-Decoding).
 
 The query heads that share a key head are the rows of one matrix, so the keys are read once for all of them. Each split
-leaves its normalised output and the logarithm of its sum of weights; a second kernel joins them.
+leaves its normalised output and the logarithm of its sum of weights; a second kernel joins them. How many splits there
+are is settled at the launch, how long they are by each row's length on the device: a CUDA graph fixes the former only.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.metadata import PagedMetadata
+from kernels.triton.metadata import MIN_SPLIT, PagedMetadata
 from kernels.triton.softmax import INTERPRETED, LOG2_E, attend, key_rows, load_rows
 
 KEYS = 64
@@ -22,7 +23,13 @@ COMBINED = 8
 """Splits that are joined at a time."""
 
 
-@triton.jit(do_not_specialize=["layer", "table_stride", "split_tokens", "num_splits"])
+@triton.jit
+def _split_tokens(visible, num_splits, MIN_SPLIT: tl.constexpr, KEYS: tl.constexpr):
+    """In each split of a row but the last: whole tiles, and no fewer than are worth it."""
+    return tl.maximum(tl.cdiv(tl.cdiv(visible, num_splits), KEYS) * KEYS, MIN_SPLIT)
+
+
+@triton.jit(do_not_specialize=["layer", "table_stride", "num_splits"])
 def _attend_split(
     q,
     pool,
@@ -34,7 +41,6 @@ def _attend_split(
     q_stride,
     layer,
     table_stride,
-    split_tokens,
     num_splits,
     scale,
     BLOCK_STRIDE: tl.constexpr,
@@ -46,14 +52,17 @@ def _attend_split(
     PADDED_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
     KEYS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     stop = tl.load(kv_tokens + row)
-    start = split * split_tokens
+    start = 0
     if WINDOW:
-        start += tl.maximum(stop - WINDOW, 0)
+        start = tl.maximum(stop - WINDOW, 0)
+    split_tokens = _split_tokens(stop - start, num_splits, MIN_SPLIT, KEYS)
+    start += split * split_tokens
     if start >= stop:
         return
     stop = tl.minimum(start + split_tokens, stop)
@@ -86,25 +95,26 @@ def _attend_split(
         tl.store(out + place[:, None] * DIM + lane[None, :], mixed.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["split_tokens", "num_splits"])
+@triton.jit(do_not_specialize=["num_splits"])
 def _combine(
     partial,
     weight,
     kv_tokens,
     out,
-    split_tokens,
     num_splits,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
+    KEYS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
     COMBINED: tl.constexpr,
 ):
     row, head = tl.program_id(0), tl.program_id(1)
     visible = tl.load(kv_tokens + row)
     if WINDOW:
         visible = tl.minimum(visible, WINDOW)
-    used = tl.cdiv(visible, split_tokens)
+    used = tl.cdiv(visible, _split_tokens(visible, num_splits, MIN_SPLIT, KEYS))
     first = (row * HEADS + head).to(tl.int64) * num_splits
     lane = tl.arange(0, PADDED_DIM)
     mixed = tl.zeros([PADDED_DIM], tl.float32)
@@ -133,13 +143,13 @@ def decode_attention(q: Tensor, pool: Tensor, layer: int, metadata: PagedMetadat
     _, layers, _, kv_heads, block_tokens, dim = pool.shape
     heads = q.shape[1]
     group, padded_dim = heads // kv_heads, triton.next_power_of_2(dim)
-    is_split = splits.count > 1
+    is_split = splits > 1
     if is_split:
-        partial = torch.empty((rows, heads, splits.count, dim), dtype=torch.float32, device=q.device)
-        weight = torch.empty((rows, heads, splits.count), dtype=torch.float32, device=q.device)
+        partial = torch.empty((rows, heads, splits, dim), dtype=torch.float32, device=q.device)
+        weight = torch.empty((rows, heads, splits), dtype=torch.float32, device=q.device)
     else:
         partial = weight = out
-    _attend_split[(rows, kv_heads, splits.count)](
+    _attend_split[(rows, kv_heads, splits)](
         q,
         pool,
         metadata.tables,
@@ -150,8 +160,7 @@ def decode_attention(q: Tensor, pool: Tensor, layer: int, metadata: PagedMetadat
         q.stride(0),
         layer,
         metadata.tables.stride(0),
-        splits.tokens,
-        splits.count,
+        splits,
         dim**-0.5 * LOG2_E,
         BLOCK_STRIDE=layers * 2 * kv_heads * block_tokens * dim,
         BLOCK_TOKENS=block_tokens,
@@ -162,6 +171,7 @@ def decode_attention(q: Tensor, pool: Tensor, layer: int, metadata: PagedMetadat
         PADDED_DIM=padded_dim,
         WINDOW=window,
         KEYS=KEYS,
+        MIN_SPLIT=MIN_SPLIT,
         IS_SPLIT=is_split,
         UPCAST=INTERPRETED,
         num_warps=4,
@@ -173,12 +183,13 @@ def decode_attention(q: Tensor, pool: Tensor, layer: int, metadata: PagedMetadat
             weight,
             metadata.kv_tokens,
             out,
-            splits.tokens,
-            splits.count,
+            splits,
             HEADS=heads,
             DIM=dim,
             PADDED_DIM=padded_dim,
             WINDOW=window,
+            KEYS=KEYS,
+            MIN_SPLIT=MIN_SPLIT,
             COMBINED=COMBINED,
             num_warps=4,
         )

@@ -16,7 +16,8 @@ import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.operators import Builder
+from kernels.operators import Builder, StaticBuilder
+from kernels.upload import upload
 
 TILE_ROWS = 128
 """Query heads of one key head times queries: the height of a prefill tile."""
@@ -28,17 +29,10 @@ multiprocessors."""
 MIN_SPLIT = 256
 """Keys below which a split costs more in being combined than it saves."""
 
+MIN_STATIC_SPLITS = 8
+"""Where the lengths are not known at the launch: one long row among many short ones."""
+
 Ints = NDArray[np.int32]
-
-
-@dataclass(frozen=True, slots=True)
-class Splits:
-    """How the keys of decoded tokens are divided: alike for all rows, a long one has more, not longer ones."""
-
-    tokens: int
-    """In each but a row's last."""
-    count: int
-    """Of the longest row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +42,7 @@ class PagedMetadata:
     positions: Tensor
     """`[tokens]`, within each token's own request."""
     slots: Tensor
-    """`[tokens]`: page times block size plus place in the block."""
+    """`[tokens]`: page times block size plus place in the block; below 0 for a token that stands for nothing."""
     row_starts: Tensor
     """`[rows + 1]`: each row's first token in the step, and the end."""
     kv_tokens: Tensor
@@ -61,8 +55,8 @@ class PagedMetadata:
     tile_queries: int
     decode_rows: int
     """The first rows, which have one token each."""
-    splits: Mapping[int, Splits]
-    """By window (0: none)."""
+    splits: Mapping[int, int]
+    """By window (0: none): into how many parts a decoded token's keys are divided at most."""
 
 
 def metadata_builder(pool: Tensor, heads: int, windows: Collection[int]) -> Builder[PagedMetadata]:
@@ -117,13 +111,40 @@ def _tiles(starts: Ints, decode_rows: int, tile_queries: int) -> tuple[Ints, Int
     return tile_rows.astype(np.int32), tile_starts.astype(np.int32)
 
 
-def _splits(kv_tokens: Ints, kv_heads: int, window: int) -> Splits:
+def static_metadata_builder(pool: Tensor, windows: Collection[int]) -> StaticBuilder[PagedMetadata]:
+    """For decode steps over `pool` whose places stay where they are, so that a CUDA graph can replay them: nothing is
+    read on the host, and what depends on lengths is settled for all of them."""
+    kv_heads, block_tokens = pool.shape[3:5]
+
+    def build(positions: Tensor, tables: Tensor) -> PagedMetadata:
+        there = positions >= 0
+        positions = positions.clamp(min=0)
+        pages = tables.gather(1, (positions // block_tokens).long()[:, None]).squeeze(1)
+        nothing = positions[:0]
+        rows, longest = len(positions), tables.shape[1] * block_tokens
+        wanted = max(MIN_STATIC_SPLITS, TARGET_PROGRAMS // (rows * kv_heads))
+        return PagedMetadata(
+            positions=positions,
+            slots=torch.where(there, pages * block_tokens + positions % block_tokens, -1),
+            row_starts=nothing,
+            kv_tokens=positions + 1,
+            tables=tables,
+            tile_rows=nothing,
+            tile_starts=nothing,
+            tile_queries=1,
+            decode_rows=rows,
+            splits={w: min(wanted, triton.cdiv(min(w, longest) if w else longest, MIN_SPLIT)) for w in windows},
+        )
+
+    return build
+
+
+def _splits(kv_tokens: Ints, kv_heads: int, window: int) -> int:
     if not len(kv_tokens):
-        return Splits(MIN_SPLIT, 0)
+        return 0
     visible = np.minimum(kv_tokens, window) if window else kv_tokens
-    wanted = triton.cdiv(int(visible.sum()) * kv_heads, TARGET_PROGRAMS)
-    tokens = max(MIN_SPLIT, triton.next_power_of_2(wanted))
-    return Splits(tokens, triton.cdiv(int(visible.max()), tokens))
+    tokens = max(MIN_SPLIT, triton.cdiv(int(visible.sum()) * kv_heads, TARGET_PROGRAMS))
+    return int(triton.cdiv(int(visible.max()), tokens))
 
 
 def _to_device(parts: Sequence[Ints], device: torch.device) -> list[Tensor]:
@@ -133,6 +154,6 @@ def _to_device(parts: Sequence[Ints], device: torch.device) -> list[Tensor]:
     for part, end in zip(parts, ends, strict=True):
         start = end - -(-part.size // ALIGNMENT) * ALIGNMENT
         packed[start : start + part.size] = part.reshape(-1)
-    moved = torch.from_numpy(packed).to(device)
+    moved = upload(packed, device)
     starts = [0, *ends[:-1].tolist()]
     return [moved[a : a + part.size].view(part.shape) for a, part in zip(starts, parts, strict=True)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels.linear import DenseGatedLinear, GatedLinear, make_linear
-from kernels.operators import Operators
+from kernels.operators import Operators, StaticOperators
 from kernels.triton.activation import silu_and_mul
 from kernels.triton.attention import paged_attention
-from kernels.triton.metadata import PagedMetadata, metadata_builder
+from kernels.triton.metadata import PagedMetadata, metadata_builder, static_metadata_builder
 from kernels.triton.norm import rms_norm
 from kernels.triton.rotary import rotate_and_write
-from kernels.triton.sampling import draw
+from kernels.triton.sampling import draw, draw_packed, pack_draws
 
 
 def make_gated_linear(gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> GatedLinear:
@@ -27,4 +27,9 @@ TRITON: Operators[PagedMetadata] = Operators(
     rotate_and_write=rotate_and_write,
     paged_attention=paged_attention,
     draw=draw,
+    static=StaticOperators(
+        metadata_builder=static_metadata_builder,
+        pack_draws=pack_draws,
+        draw=draw_packed,
+    ),
 )

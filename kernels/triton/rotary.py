@@ -61,6 +61,8 @@ def _rotate_and_write(
     tl.store(target + HALF, upper.to(queries.dtype.element_ty), mask=mask)
 
     slot = tl.load(slots + token)
+    if slot < 0:
+        return
     page = pool + (slot // BLOCK_TOKENS).to(tl.int64) * BLOCK_STRIDE
     page += (layer * 2 * KV_HEADS + kv_head) * (BLOCK_TOKENS * DIM) + (slot % BLOCK_TOKENS) * DIM
     source += (KV_HEADS * GROUP + kv_head) * DIM

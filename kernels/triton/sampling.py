@@ -11,9 +11,11 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.sampling import Draws
+from kernels.upload import upload
 
 LANES = 2048
 """Tokens that a program looks at together."""
@@ -159,19 +161,23 @@ def _draw(logits, numbers, candidates, tokens, row_stride, vocab, FIELDS: tl.con
 def draw(logits: Tensor, draws: Draws) -> Tensor:
     """See `kernels.sampling.draw`. A row's result is the same but for the rounding of float64 sums, which here run
     over tiles of tokens."""
-    rows, vocab = logits.shape
-    numbers = np.array((draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.uniform), np.float64).T
+    return draw_packed(logits, upload(pack_draws(draws, logits.shape[1]), logits.device))
+
+
+def pack_draws(draws: Draws, vocab: int) -> NDArray[np.float64]:
+    """`[rows, FIELDS]`, without a top-k that keeps everything."""
+    fields = (draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.uniform)
+    numbers = np.array(fields, np.float64).T.copy()
     numbers[numbers[:, 1] >= vocab, 1] = 0.0
+    return numbers
+
+
+def draw_packed(logits: Tensor, numbers: Tensor) -> Tensor:
+    """`draw`, with the draws on the device."""
+    rows, vocab = logits.shape
+    candidates = torch.empty((rows, vocab), dtype=torch.int32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     _draw[(rows,)](
-        logits,
-        torch.from_numpy(np.ascontiguousarray(numbers)).to(logits.device),
-        torch.empty((rows, vocab), dtype=torch.int32, device=logits.device),
-        tokens,
-        logits.stride(0),
-        vocab,
-        FIELDS=FIELDS,
-        LANES=LANES,
-        num_warps=16,
+        logits, numbers, candidates, tokens, logits.stride(0), vocab, FIELDS=FIELDS, LANES=LANES, num_warps=16
     )
     return tokens

@@ -25,8 +25,9 @@ def engine(
     budget: int = 16,
     model_len: int = 200,
     clock: Callable[[], float] = time.monotonic,
+    runner: type[SimRunner] = SimRunner,
 ) -> Engine:
-    return Engine(SimRunner(num_blocks, BLOCK, VOCAB), EngineConfig(seqs, budget, model_len), clock)
+    return Engine(runner(num_blocks, BLOCK, VOCAB), EngineConfig(seqs, budget, model_len), clock)
 
 
 def request(

@@ -9,8 +9,10 @@ import pytest
 
 from engine.engine import Engine
 from engine.request import EngineRequest, RequestState
+from engine.sim_engine import SimRunner
 from engine.step import Missing
 from mesh.params import SamplingParams
+from tests.engine.sim_decoding import AheadRunner
 from tests.engine.sim_requests import engine, idle, oracle, prefill, prompt, request, state
 
 MAX_TOKENS = 14
@@ -99,8 +101,10 @@ class World:
         assert self.known == set(self.target.snapshot())
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_random_operations_keep_tokens_and_books_right(seed: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "runner"), [*((seed, SimRunner) for seed in range(4)), *((seed, AheadRunner) for seed in range(2))]
+)
+def test_random_operations_keep_tokens_and_books_right(seed: int, runner: type[SimRunner]) -> None:
     rng = Random(seed)
     world = World(
         rng,
@@ -110,6 +114,7 @@ def test_random_operations_keep_tokens_and_books_right(seed: int) -> None:
             seqs=rng.choice([2, 6]),
             budget=rng.choice([7, 20]),
             model_len=60,
+            runner=runner,
         ),
     )
     actions = [world.add, world.hand_over, world.fill, world.ready, world.abort, world.step]

@@ -18,6 +18,8 @@ from tests.tiny_models import VOCAB, build
 from tests.triton_interpreter import DEVICE
 
 GREEDY = SamplingParams(max_tokens=3, temperature=0.0)
+DRAWN = SamplingParams(max_tokens=3, temperature=0.8, top_p=0.9, seed=5)
+LOGPROBS = SamplingParams(max_tokens=2, temperature=0.0, logprobs=1)
 ROOT = b"r" * 16
 
 
@@ -26,8 +28,8 @@ def prompt(length: int) -> list[int]:
 
 
 def generate(directory: Path) -> tuple[dict[str, list[int]], int]:
-    """A long prompt in chunks beside one that is decoded; then a prompt that is found in the prefix cache. The new
-    tokens by request, and how many prompt tokens were found."""
+    """A long prompt in chunks beside two that are decoded, one of them drawn; then a prompt that is found in the prefix
+    cache, and one with log-probabilities. The new tokens by request, and how many prompt tokens were found."""
     runner = ModelRunner.load(
         directory,
         device=str(DEVICE),
@@ -40,8 +42,11 @@ def generate(directory: Path) -> tuple[dict[str, list[int]], int]:
     )
     engine = Engine(runner, EngineConfig(4, 16, 200))
     tokens: dict[str, list[int]] = {}
-    for begins in ((("short", 3), ("long", 37)), (("again", 33),)):
-        requests = [EngineRequest(key, prompt(length), length, GREEDY, ROOT) for key, length in begins]
+    for begins in (
+        (("short", 3, GREEDY), ("drawn", 2, DRAWN), ("long", 37, GREEDY)),
+        (("again", 33, GREEDY), ("logprobs", 4, LOGPROBS)),
+    ):
+        requests = [EngineRequest(key, prompt(length), length, params, ROOT) for key, length, params in begins]
         for request in requests:
             engine.add(request)
         while engine.has_work:
@@ -58,4 +63,10 @@ def test_tokens_equal_those_of_plain_torch(family: str, tmp_path: Path, monkeypa
     monkeypatch.setattr(transformer, "operators", lambda *_: TRITON)
     assert generate(directory) == wanted
     assert wanted[1] == 32
-    assert {key: len(tokens) for key, tokens in wanted[0].items()} == {"short": 3, "long": 3, "again": 3}
+    assert {key: len(tokens) for key, tokens in wanted[0].items()} == {
+        "short": 3,
+        "drawn": 3,
+        "long": 3,
+        "again": 3,
+        "logprobs": 2,
+    }

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from tests.faults.client import Violation
 from tests.faults.fleet import relayed
-from tests.faults.play import play
+from tests.faults.plan import WORKER_KINDS, draw
+from tests.faults.play import counts, play
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=200, help="how many")
     options = parser.parse_args(arguments)
     began = time.monotonic()
+    faults: Counter[str] = Counter()
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="kvmesh-") as directory, relayed(Path(directory)) as fleet:
         for seed in range(options.first, options.first + options.seeds):
@@ -33,16 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{violation}\nagain: python -m tests.faults --first {seed} --seeds 1")
                 return 1
             outcomes += found.outcomes
+            faults.update(fault.kind for fault in draw(seed).faults if fault.kind in WORKER_KINDS)
             print(f"seed {seed} ({time.monotonic() - seed_began:.1f} s): {found}", flush=True)
-        hits = sum((s.done for links in fleet.links.values() for s in links.sides.values()), Counter[str]())
-    print(
-        f"{options.seeds} seeds hold ({time.monotonic() - began:.0f} s): streams {_counts(outcomes)}; {_counts(hits)}"
-    )
+        faults.update(sum((s.done for links in fleet.links.values() for s in links.sides.values()), Counter()))
+    seconds = time.monotonic() - began
+    print(f"seeds {options.first} to {options.first + options.seeds - 1} hold ({seconds:.0f} s)")
+    print(f"{faults.total()} faults: {counts(faults)}; {outcomes.total()} streams: {counts(outcomes)}")
     return 0
-
-
-def _counts(counter: Counter[str]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in sorted(counter.items()))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 from engine.sim_engine import PRINTABLE, expected_tokens
+from proxy.lifecycle import MAX_SETBACKS
 from tests.kvtransfer.relay import CUT, DELAY, FLIP, RAW, REPEAT, RESET, STALL
 
 PREFILLS = ("prefill-0", "prefill-1")
@@ -20,6 +21,7 @@ SIDES = (ASKED, ANSWERED, HEARD, SAID)
 """Directions of a worker's links: fetches from it, its blocks; what its proxy tells it, what it tells its proxy."""
 MESSAGE_KINDS = (FLIP, CUT, REPEAT, RAW, DELAY, RESET, STALL)
 KILL, PAUSE, RESTART = "kill", "pause", "restart"
+WORKER_KINDS = (KILL, PAUSE, RESTART)
 PLAIN, OPENAI = "plain", "openai"
 
 
@@ -61,6 +63,13 @@ class Plan:
     seed: int
     asks: tuple[Ask, ...]
     faults: tuple[Fault, ...]
+
+    @property
+    def gentle(self) -> bool:
+        """No choice can be struck so often that the proxy gives it up, and one decode worker has no trouble."""
+        breaking = [fault for fault in self.faults if fault.kind != DELAY]
+        struck = {fault.worker for fault in breaking if fault.side not in (ASKED, ANSWERED)}
+        return sum(fault.count or 1 for fault in breaking) < MAX_SETBACKS and not struck.issuperset(DECODES)
 
 
 def answer(ask: Ask) -> tuple[list[int], str]:

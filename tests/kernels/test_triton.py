@@ -15,7 +15,7 @@ from kernels.triton import blocks as triton_blocks
 from kernels.triton import norm as triton_norm
 from kernels.triton import rotary as triton_rotary
 from kernels.triton.attention import paged_attention
-from kernels.triton.metadata import metadata_builder
+from kernels.triton.metadata import metadata_builder, static_metadata_builder
 from tests.triton_interpreter import DEVICE
 
 ROWS = ((1, 1), (1, 17), (1, 300), (3, 3), (4, 16), (20, 33), (1, 14))
@@ -59,6 +59,25 @@ def test_attention_equals_torch(
     wanted = attention.paged_attention(q.float(), exact, 1, theirs, window)
     got = paged_attention(q, pool, 1, ours, window).float()
     torch.testing.assert_close(got, wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_a_step_in_place_equals_one_built_anew_and_writes_nothing_for_nobody() -> None:
+    positions, tables = torch.tensor([16, -1, 299]), [[3, 1], [0], [*range(4, 23)]]
+    pool, heads = random(23, 2, 2, 2, 16, 8), random(3, 4 + 2 + 2, 8)
+    there = [0, 2]
+    width = torch.zeros(3, 20, dtype=torch.int32)
+    for row, table in enumerate(tables):
+        width[row, : len(table)] = torch.tensor(table)
+    in_place = static_metadata_builder(pool, (0, 7))(positions.to(DEVICE, torch.int32), width.to(DEVICE))
+    anew = metadata_builder(pool, 4, (0, 7))([1, 1], [17, 300], [tables[row] for row in there])
+    cos, sin = torch.ones(3, 1, 8, device=DEVICE), torch.zeros(3, 1, 8, device=DEVICE)
+    wanted_pool = pool.clone()
+    triton_rotary.rotate_and_write(heads[there, :6], heads[there, 6:], cos, sin, wanted_pool, 1, anew)
+    queries = triton_rotary.rotate_and_write(heads[:, :6], heads[:, 6:], cos, sin, pool, 1, in_place)
+    assert torch.equal(pool, wanted_pool)
+    for window in (0, 7):
+        wanted = paged_attention(queries[there], pool, 1, anew, window)
+        torch.testing.assert_close(paged_attention(queries, pool, 1, in_place, window)[there], wanted)
 
 
 def test_rotary_and_write_equal_torch_and_store_nothing_that_is_not_finite() -> None:

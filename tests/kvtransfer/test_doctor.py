@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from kvtransfer import doctor, pairing
-from kvtransfer.doctor import Finding, Link, which
+from kvtransfer.doctor import Link, which
+from kvtransfer.doctor_fleet import Finding
 from mesh.errors import EXIT_ENVIRONMENT
 from mesh.keys import create
 from mesh.settings import DoctorSettings

@@ -61,7 +61,7 @@ def fetch_through(pair: Pair, keys: Keys, faults: Faults, number: int) -> FetchE
     peer = pair.holder.endpoint.peer
     control, bulk = addresses(peer.kv_address, keys)
     between = Relay(int(bulk.rsplit(":", 1)[1]), faults)
-    relayed = Peer(peer.worker_id, peer.incarnation, f"{control}/{between.port}", peer.host)
+    relayed = Peer(peer.worker_id, peer.incarnation, f"{control}/{between.port}", peer.host, peer.layout)
     transfer = transfer_id(number)
     pair.fetcher.endpoint.fetch(transfer, 1, relayed, "", wanted(range(20)), 60.0)
 

@@ -232,8 +232,9 @@ def test_a_final_refusal_fails_the_choice(code: str, status: int, public: str) -
 
 
 def test_draining_workers_are_no_setback() -> None:
-    state, _ = run(assigned(), WorkerRefused(D, 1, "draining", "", True))
+    state, effects = run(assigned(), WorkerRefused(D, 1, "draining", "", True))
     assert state.setbacks == 0
+    assert NeedRoute(frozenset({D}), "lost") in effects
 
 
 def test_setbacks_are_bounded() -> None:

@@ -345,8 +345,8 @@ def tail_taken_for_a_full_block(original: Any, one: Any, missing: Any, payload: 
 
 
 @mutant((EngineFetching, "begin"))
-def cached_blocks_not_pinned(original: Any, one: Any, request: Any) -> Any:
-    missing = original(one, request)
+def cached_blocks_not_pinned(original: Any, one: Any, request: Any, theirs: Any) -> Any:
+    missing = original(one, request, theirs)
     one._blocks._release_fetched(request)
     one._blocks._note(request)
     return missing
