@@ -33,6 +33,14 @@ def run_delay_s() -> float:
     return waited / 1e9
 
 
+Mark = tuple[float, float]
+"""A moment, and for how long the process's threads had waited for a core until then; seconds."""
+
+
+def now_and_delay() -> Mark:
+    return time.perf_counter(), run_delay_s()
+
+
 @dataclass(slots=True)
 class Samples:
     """Wall times of equal steps with the share of each that was spent waiting for a core."""
@@ -41,12 +49,14 @@ class Samples:
     delays: list[float] = field(default_factory=list)
 
     def time(self, step: Callable[[], T]) -> T:
-        delay, began = run_delay_s(), time.perf_counter()
+        before = now_and_delay()
         result = step()
-        wall = time.perf_counter() - began
-        self.seconds.append(wall)
-        self.delays.append((run_delay_s() - delay) / wall)
+        self.add(before, now_and_delay())
         return result
+
+    def add(self, before: Mark, after: Mark) -> None:
+        self.seconds.append(after[0] - before[0])
+        self.delays.append((after[1] - before[1]) / (after[0] - before[0]))
 
     def drop_last(self) -> None:
         self.seconds.pop()
@@ -64,6 +74,11 @@ class Samples:
             return good
         quietest = sorted(zip(self.delays, self.seconds, strict=True))[:MIN_SAMPLES]
         return [s for _, s in quietest]
+
+    @property
+    def is_clean(self) -> bool:
+        """Enough steps had a core to themselves."""
+        return sum(d <= MAX_DELAY for d in self.delays) >= MIN_SAMPLES
 
     @property
     def median(self) -> float:

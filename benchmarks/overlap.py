@@ -11,6 +11,7 @@ of its steps, is what of the transfer is exposed. Both ways must give the same t
 from __future__ import annotations
 
 import argparse
+import random
 import secrets
 import statistics
 import subprocess
@@ -27,7 +28,7 @@ from typing import Any
 import zmq
 
 from benchmarks.measure import machine, table
-from benchmarks.serve import make_model, prompt_of
+from benchmarks.servers import VOCAB, make_model
 from mesh import wire
 from mesh.messages import Decode, Peer, Prefill, ProxyBeat, Register, TokenBatch, TokenDelta, Welcome, WorkerInfo
 from mesh.params import SamplingParams
@@ -104,8 +105,8 @@ def request(proxy: Proxy, prompt: list[int], *, overlapped: bool) -> Timed:
     id, root = secrets.token_hex(8), secrets.token_bytes(16)  # a root of its own: nothing is cached
     params = SamplingParams(max_tokens=TOKENS, temperature=0.0)
     common = (id, 1, tuple(prompt), len(prompt), params, root, PATIENCE_S)
-    decode = Decode(*common, proxy.peer("prefill-0"), True, 0)
-    proxy.send("prefill-0", Prefill(*common, None, 0))
+    decode = Decode(*common, proxy.peer("prefill-0"), (), 0)
+    proxy.send("prefill-0", Prefill(*common, ()))
     if overlapped:
         proxy.send("decode-0", decode)
     tokens: dict[int, int] = {}
@@ -160,7 +161,7 @@ def main() -> None:
         proxy.wait_for(2)
         times: dict[bool, list[Timed]] = {True: [], False: []}
         for number in range(options.rounds + 1):
-            prompt = prompt_of(0, number, options.prompt)
+            prompt = random.Random(number).choices(range(VOCAB), k=options.prompt)
             for way in (True, False):
                 times[way].append(request(proxy, prompt, overlapped=way))
             if times[True][-1].tokens != times[False][-1].tokens:

@@ -10,7 +10,7 @@ import os
 import platform
 import resource
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -19,7 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvtransfer.linktest import ROUTES, Pages, copy_once, link_times
+from kvtransfer.linktest import Pages, copy_once, link_times
+from kvtransfer.pairing import NO_KEYS, Pair, pairs
+from kvtransfer.transports import inline
+from kvtransfer.transports.choice import GLOO, unfit
 from kvtransfer.transports.shm import SHM_DIR
 from mesh import environment, options
 from mesh.errors import EXIT_ENVIRONMENT, StartupError
@@ -35,10 +38,18 @@ WANTED_SHM = 256 << 20
 """A worker takes 64 MiB or a fourth of what is free, whichever is less."""
 WANTED_FILES = 4096
 WHAT = {
+    "cuda": "CUDA device memory",
     "shm": "shared memory",
     "zmq-ipc": "ZeroMQ over a Unix socket",
     "zmq-tcp": "ZeroMQ over tcp",
     "zmq-aes": "ZeroMQ over tcp, sealed (--keys)",
+    "gloo": "gloo over loopback",
+}
+NAMES = {
+    "cuda": "CUDA device memory (cuda)",
+    "shm": "shared memory (shm)",
+    "nccl": "NCCL (nccl)",
+    "zmq": "ZeroMQ (zmq)",
 }
 
 
@@ -73,28 +84,32 @@ def main(argv: Sequence[str]) -> int:
     say(f"this host\n{_lines(findings)}\n")
     say(f"links between two processes of this host, {settings.mib} MiB in blocks of {BLOCK_KIB} KiB")
     links = []
-    for link in measure(settings.mib):
+    for link in measure(settings.mib, routes(settings)):
         say(f"  {_line(link)}")
         links.append(link)
-    pairs = which(links, sealed=bool(settings.keys))
-    say(f"\nwhat two workers use\n{_lines(pairs)}")
+    used = which(links, settings)
+    say(f"\nwhat two workers use\n{_lines(used)}")
     if settings.json:
-        parts: dict[str, Sequence[Finding | Link]] = {"host": findings, "links": links, "pairs": pairs}
+        parts: dict[str, Sequence[Finding | Link]] = {"host": findings, "links": links, "pairs": used}
         print(json.dumps({name: [asdict(part) for part in found] for name, found in parts.items()}, indent=2))
-    broken = any(f.state == "fail" for f in (*findings, *pairs))
+    broken = any(f.state == "fail" for f in (*findings, *used))
     return EXIT_ENVIRONMENT if broken else 0
 
 
-def measure(mib: int) -> Iterator[Link]:
+def routes(settings: DoctorSettings) -> list[str]:
+    """The links to try; `gloo`, which nobody needs, if it is named."""
+    fit = [route for route in WHAT if not unfit(route, settings.device)]
+    return [route for route in fit if route != GLOO or GLOO in settings.transport.split(",")]
+
+
+def measure(mib: int, tried: Sequence[str]) -> Iterator[Link]:
     """The copy first, then every link; best of a few rounds."""
     pages: Pages = np.zeros((max(1, (mib << 10) // BLOCK_KIB), BLOCK_KIB << 10), dtype=np.uint8)
     source = np.ones_like(pages)
     size = pages.nbytes / 1e9
     copy = size / min(copy_once(source, pages) for _ in range(ROUNDS))
     yield Link("copy", copy, 1.0)
-    for route in ROUTES:
-        if route not in WHAT:
-            continue
+    for route in tried:
         try:
             speed = size / min(link_times(route, pages, ROUNDS))
         except (OSError, RuntimeError, StartupError) as error:
@@ -103,24 +118,18 @@ def measure(mib: int) -> Iterator[Link]:
             yield Link(route, speed, speed / copy)
 
 
-def which(links: Sequence[Link], *, sealed: bool) -> list[Finding]:
-    """The transport of a pair of workers, by where they are, and why."""
-    speed = {link.route: link.gb_per_s for link in links}
-    if speed["shm"]:
-        here = Finding("ok", "same host: shm, the first of --transport that both have; ZeroMQ where its slots are full")
-    elif speed["zmq-ipc"]:
-        here = Finding("note", "same host: ZeroMQ, because shared memory does not work here")
-    else:
-        here = Finding("fail", "same host: none works")
-    ways = "containers of one host that do not share /dev/shm: ZeroMQ, because they see each other's memory no more "
-    apart = Finding("ok", ways + "than hosts do; --ipc=host or a shared volume at /dev/shm makes it shm")
-    if not speed["zmq-aes" if sealed else "zmq-tcp"]:
-        far = Finding("fail", "other hosts: none, tcp does not work")
-    elif sealed:
-        far = Finding("ok", "other hosts: ZeroMQ over tcp, sealed with AES-256-GCM")
-    else:
-        far = Finding("note", "other hosts: none before the fleet has keys (`kvmesh keys DIR`, --keys DIR)")
-    return [here, apart, far]
+def which(links: Sequence[Link], settings: DoctorSettings) -> list[Finding]:
+    """The transport of a pair of workers, by where they are, and why no better one."""
+    failures = {link.route: link.failure for link in links}
+    order = [name.strip() for name in settings.transport.split(",")]
+    found = pairs(failures, order=order, device=settings.device, sealed=bool(settings.keys))
+    return [Finding(_state(pair, failures, settings), pair.text(NAMES)) for pair in found]
+
+
+def _state(pair: Pair, failures: Mapping[str, str], settings: DoctorSettings) -> str:
+    if not pair.used:
+        return "note" if pair.instead_of[inline.NAME] == NO_KEYS else "fail"
+    return "note" if any(failures.get(better) == why != "" for better, why in pair.instead_of.items()) else "ok"
 
 
 def _looks(settings: DoctorSettings) -> list[Callable[[], Iterator[Finding]]]:

@@ -24,6 +24,7 @@ from kvtransfer.events import (
     WantedChanged,
 )
 from kvtransfer.fetcher import Fetcher
+from kvtransfer.gatherer import Gatherer
 from kvtransfer.holder import Holder
 from kvtransfer.protocol import MAX_NOTE_BYTES, NAME_BYTES, TRANSFER_ID_BYTES, Wanted
 from kvtransfer.sockets import Context, Socket
@@ -33,7 +34,7 @@ from kvtransfer.transports.local import Exchange
 from mesh.curve import Authenticator
 from mesh.keys import Keys
 from mesh.layout import KvLayout
-from mesh.messages import Peer
+from mesh.messages import KvHolder, Peer
 
 __all__ = [
     "BlockArrived",
@@ -70,8 +71,10 @@ class KvEndpoint:
         exchange: Exchange | None = None,
         wrap: Callable[[Transport], Transport] = _unchanged,
         keys: Keys | None = None,
+        device: str = "cpu",
     ) -> None:
         """`exchange`: shared by endpoints of one process that use `local`. `wrap`: puts faults around a transport.
+        `device`: where the blocks are computed.
 
         With `keys`, tcp is encrypted: one such endpoint per context, because a context has one judge of client keys.
         """
@@ -81,7 +84,9 @@ class KvEndpoint:
         self._events: list[Event] = []
         self._closed = False
         self._counters = Counters()
-        opened = open_transports(transports, host=host, block_bytes=layout.block_bytes, exchange=exchange)
+        opened = open_transports(
+            transports, host=host, block_bytes=layout.block_bytes, exchange=exchange, bind=bind, device=device
+        )
         self._transports = {name: wrap(transport) for name, transport in opened.items()}
         emit = self._events.append
         parts = (incarnation, layout, self._transports, self._counters, clock, emit)
@@ -96,6 +101,7 @@ class KvEndpoint:
             self._close_parts()
             raise
         self._fetcher = Fetcher(context, *parts, keys)
+        self._gatherer = Gatherer(self._fetcher, host, layout, clock, emit)
         self.address = self._holder.address
         self.peer = Peer(worker_id, incarnation, self.address, host)
         """How other workers name this endpoint."""
@@ -114,12 +120,28 @@ class KvEndpoint:
         With a `stream`, the transfer lasts until the peer closes it and hears its notes (so `wanted` may be empty).
         With an empty `stream`, it brings what the peer holds now. `transfer_id` is 16 random bytes, used once.
         """
-        if len(transfer_id) != TRANSFER_ID_BYTES or any(len(w.name) != NAME_BYTES for w in wanted):
-            raise ValueError(f"a transfer id has {TRANSFER_ID_BYTES} bytes and a block's name {NAME_BYTES}")
+        self._check_fetch(transfer_id, wanted)
         self._fetcher.fetch(transfer_id, attempt, peer, stream, wanted, deadline_s)
+
+    def gather(
+        self,
+        transfer_id: bytes,
+        attempt: int,
+        maker: Peer | None,
+        stream: str,
+        holders: Sequence[KvHolder],
+        wanted: Sequence[Wanted],
+        deadline_s: float,
+    ) -> None:
+        """As `fetch`, from several workers at once: what `holders` have comes from them, the rest from the `maker` of
+        `stream`, if there is one; what one has not got or fails to bring is asked of the others. One transfer to the
+        caller: each block and note once, and one `FetchEnded` that misses what could be had from nobody."""
+        self._check_fetch(transfer_id, wanted)
+        self._gatherer.gather(transfer_id, attempt, maker, stream, holders, wanted, deadline_s)
 
     def abort_fetch(self, transfer_id: bytes) -> None:
         """Ends a transfer in whatever state; one that is not known has ended already."""
+        self._gatherer.abort(transfer_id)
         self._fetcher.abort(transfer_id)
 
     def open_stream(self, stream: str) -> None:
@@ -220,9 +242,18 @@ class KvEndpoint:
             transport.close()
 
     def _drain(self) -> list[Event]:
-        events = self._events[:]
-        self._events.clear()
+        events: list[Event] = []
+        while self._events:  # what one holder leaves is asked of another, and that may end at once
+            fresh = self._events[:]
+            self._events.clear()
+            for event in fresh:
+                events += self._gatherer.told(event)
+            events += self._gatherer.settle()
         return events
+
+    def _check_fetch(self, transfer_id: bytes, wanted: Sequence[Wanted]) -> None:
+        if len(transfer_id) != TRANSFER_ID_BYTES or any(len(w.name) != NAME_BYTES for w in wanted):
+            raise ValueError(f"a transfer id has {TRANSFER_ID_BYTES} bytes and a block's name {NAME_BYTES}")
 
     def _check(self, payload: Payload) -> None:
         if len(payload) != self.layout.block_bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import zmq
 
@@ -12,6 +12,7 @@ from kvtransfer import fetching_state as fs
 from kvtransfer.channel import Opener, Unsealable, hello, new_link
 from kvtransfer.events import BlockArrived, Counters, Event, FetchEnded, Noted
 from kvtransfer.integrity import is_intact, seal, unseal
+from kvtransfer.link import Heard, Link, LinkKey
 from kvtransfer.messages import BlockHeader, Blocks, Offer, SlotsReturned
 from kvtransfer.protocol import MAX_CONTROL_BYTES, Wanted, window_blocks
 from kvtransfer.sockets import (
@@ -29,7 +30,7 @@ from kvtransfer.sockets import (
     read_monitor,
     send,
 )
-from kvtransfer.transports.base import Payload, Transport, TransportFault, parcel_bytes
+from kvtransfer.transports.base import Landing, Payload, Transport, TransportFault, parcel_bytes
 from kvtransfer.transports.choice import offers
 from kvtransfer.transports.inline import NAME as INLINE
 from kvtransfer.transports.pool import BufferPool
@@ -45,36 +46,16 @@ RECEIVE_BYTES = 8 << 20
 bandwidth of 64 MiB), and shared-memory slots return while the holder still has others."""
 LINK_IDLE_S = 30.0
 """A connection without transfers is closed; the next fetch opens another in about a millisecond."""
+PROBE_S = 30.0
+"""A transport that failed with one holder is left for so long, then offered to it once more: what was wrong may be
+over, and a probe costs no more than one refetch."""
+LANDING_POLL_S = 0.001
+"""Bytes that are still landing are looked for so often; a window is bytes for several such turns."""
+MAX_BEHIND = 1024
+"""Messages of one holder that wait behind such bytes; then its connection is not read."""
 MAX_WAITING = 2048
 """Messages kept for a holder that has not greeted yet; the fetches among them end by their deadline."""
 WATCHED = LOST | RETRIED
-
-LinkKey = tuple[str, int]
-
-
-@dataclass(slots=True, eq=False)
-class Link:
-    """The connection to one incarnation of one holder."""
-
-    key: LinkKey
-    dealer: Socket
-    """To the holder."""
-    inbound: Socket
-    """From it: the same socket, or with keys and over tcp one of its own, see `channel`."""
-    monitors: tuple[Socket, ...]
-    """Of the two, or of the one that both are."""
-    state: fs.Fetching
-    idle_since: float
-    opener: Opener | None
-    waiting: list[bytes] = field(default_factory=list)
-    """What is to be said once the holder has greeted."""
-    refused: str = ""
-    """Why the holder will not talk to this worker."""
-    failed_connects: int = 0
-    segments: dict[str, str] = field(default_factory=dict)
-    """Segments of this holder that were read, and by which transport."""
-    returned: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    """Slots to give back, by transport."""
 
 
 class Fetcher:
@@ -117,7 +98,14 @@ class Fetcher:
     def num_transfers(self) -> int:
         return len(self._by_transfer)
 
+    def queued(self, peer: Peer) -> int:
+        """Blocks that are awaited from `peer`."""
+        link = self._links.get((peer.kv_address, peer.incarnation))
+        return 0 if link is None else sum(t.pending.bit_count() for t in link.state.transfers.values())
+
     def next_deadline(self) -> float:
+        if any(link.behind for link in self._links.values()):
+            return self._clock() + LANDING_POLL_S
         nearest = [
             fetching.next_deadline(link.state) if link.state.transfers else link.idle_since + LINK_IDLE_S
             for link in self._links.values()
@@ -144,6 +132,7 @@ class Fetcher:
             self._emit(FetchEnded(transfer_id, missing, outcome, 0, 0.0, 0, str(error)))
             return
         self._by_transfer[transfer_id] = link
+        self._probe(link)
         self._apply(link, fs.Start(transfer_id, attempt, stream, tuple(wanted), deadline_s))
 
     def abort(self, transfer_id: bytes) -> None:
@@ -254,17 +243,20 @@ class Fetcher:
     def _read(self, link: Link) -> int:
         """Reads a bounded number of messages; returns how many there were."""
         count = size = 0
-        while count < RECEIVE_MESSAGES and size < RECEIVE_BYTES:
+        while count < RECEIVE_MESSAGES and size < RECEIVE_BYTES and len(link.behind) < MAX_BEHIND:
             try:
                 frames = link.inbound.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break
             count += 1
             size += self._frames(link, frames)
+        self._return_slots(link)
+        return count
+
+    def _return_slots(self, link: Link) -> None:
         for transport, slots in link.returned.items():
             self._send(link, SlotsReturned(transport, tuple(slots)))
         link.returned.clear()
-        return count
 
     def _frames(self, link: Link, frames: list[zmq.Frame]) -> int:
         """Takes one message in; returns the bytes of its blocks."""
@@ -286,10 +278,43 @@ class Fetcher:
         except BadFrame:
             self._counters.drop("bad_frame")
             return 0
+        taken: Payload | Landing = b""
         if isinstance(envelope.message, Blocks):
-            return self._blocks(link, envelope, envelope.message, payload)
-        self._apply(link, fs.Received(envelope.sender, envelope.receiver, envelope.message))
-        return 0
+            taken = self._take(link, envelope.message, payload)
+        if link.behind or not isinstance(taken, bytes | memoryview):
+            link.behind.append(Heard(envelope, taken))
+            return 0
+        self._heard(link, envelope, taken)
+        return len(taken)
+
+    def _heard(self, link: Link, envelope: Envelope, payload: Payload) -> None:
+        if isinstance(envelope.message, Blocks):
+            self._blocks(link, envelope, envelope.message, payload)
+        else:
+            self._apply(link, fs.Received(envelope.sender, envelope.receiver, envelope.message))
+
+    def _land(self, link: Link) -> None:
+        """Takes in what has landed, and the messages after it."""
+        while link.behind:
+            envelope, payload = link.behind[0].envelope, link.behind[0].payload
+            if not isinstance(payload, bytes | memoryview):
+                landed = self._landed(link, envelope.message, payload)
+                if landed is None:
+                    break
+                payload = landed
+            link.behind.popleft()
+            self._heard(link, envelope, payload)
+        self._return_slots(link)
+
+    def _landed(self, link: Link, message: Blocks, landing: Landing) -> Payload | None:
+        try:
+            payload = landing.payload()
+        except TransportFault:
+            self._fault(link, message.place.transport)
+            return b""
+        if payload is not None:
+            self._counters.received(message.place.transport, len(payload))
+        return payload
 
     def _unsealed(
         self, link: Link, opener: Opener, frame: Payload, payload: Payload | None
@@ -308,8 +333,10 @@ class Fetcher:
             self._send_frame(link, said)
         return None
 
-    def _blocks(self, link: Link, envelope: Envelope, message: Blocks, frame: Payload | None) -> int:
-        payload = self._take(link, message, frame)
+    def _blocks(self, link: Link, envelope: Envelope, message: Blocks, payload: Payload) -> None:
+        place = message.place
+        if place.transport != INLINE and place.transport in self._transports:
+            link.returned.setdefault(place.transport, []).append((place.slot, place.seq))
         arrivals = []
         at = 0
         for header in message.blocks:
@@ -320,7 +347,6 @@ class Fetcher:
             link,
             fs.BlocksIn(envelope.sender, envelope.receiver, message.transfer_id, message.attempt, tuple(arrivals)),
         )
-        return len(payload)
 
     def _check(self, envelope: Envelope, message: Blocks, header: BlockHeader, part: Payload) -> fs.Arrival:
         intact = len(part) == self._layout.block_bytes and is_intact(
@@ -328,17 +354,16 @@ class Fetcher:
         )
         return fs.Arrival(header.index, header.name, header.valid_tokens, part, intact)
 
-    def _take(self, link: Link, message: Blocks, frame: Payload | None) -> Payload:
-        """The bytes of the message's blocks, in our own memory; none when they cannot be had."""
+    def _take(self, link: Link, message: Blocks, frame: Payload | None) -> Payload | Landing:
+        """The bytes of the message's blocks, in our own memory or on their way there; none when they cannot be had."""
         place = message.place
         transport = self._transports.get(place.transport)
         size = len(message.blocks) * self._layout.block_bytes
         if transport is None:
             self._counters.drop("transport")
             return b""
-        if place.transport != INLINE:
-            link.returned.setdefault(place.transport, []).append((place.slot, place.seq))
         if message.transfer_id not in link.state.transfers:  # not worth a copy
+            transport.skip(place, size)
             return b""
         try:
             payload = transport.take(place, size, frame)
@@ -347,15 +372,29 @@ class Fetcher:
             return b""
         if place.segment:
             link.segments[place.segment] = place.transport
-        self._counters.received(place.transport, size)
+        if isinstance(payload, bytes | memoryview):
+            self._counters.received(place.transport, size)
         return payload
 
     def _fault(self, link: Link, transport: str) -> None:
-        """A shared transport that failed is not offered to this holder again."""
+        """The transport is left: the blocks are asked for again by ZeroMQ, and other fetches of this holder use the
+        next transport that both have."""
         self._counters.drop("transport")
         if transport != INLINE:
-            kept = tuple(o for o in link.state.offers if o.transport != transport)
-            link.state = replace(link.state, offers=kept)
+            link.left[transport] = self._clock() + PROBE_S
+            self._offer(link)
+
+    def _probe(self, link: Link) -> None:
+        """A transport that was left long enough is offered again."""
+        due = [transport for transport, at in link.left.items() if self._clock() >= at]
+        for transport in due:
+            del link.left[transport]
+        if due:
+            self._offer(link)
+
+    def _offer(self, link: Link) -> None:
+        offered = tuple(o for o in offers(self._transports) if o.transport not in link.left)
+        link.state = replace(link.state, offers=offered)
 
     def _monitor(self, link: Link, monitor: Socket) -> None:
         while (event := read_monitor(monitor)) is not None:
@@ -377,6 +416,8 @@ class Fetcher:
     def tick(self) -> None:
         now = self._clock()
         for link in list(self._links.values()):
+            if link.behind:
+                self._land(link)
             if link.state.transfers:
                 self._apply(link, fs.Tick())
             elif now >= link.idle_since + LINK_IDLE_S:

@@ -214,10 +214,10 @@ class Holder:
     def _post(self, parcel: Parcel) -> None:
         parts = [payload for _, payload in parcel.blocks]
         transport = choose(parcel.offers, self._transports)
-        posted = transport.post(parts)
+        posted = transport.post(parts, parcel.link)
         if posted is None:
             transport = self._transports[INLINE]
-            posted = transport.post(parts)
+            posted = transport.post(parts, parcel.link)
         if posted is None:
             raise AssertionError("the connection always has room")
         head = (parcel.transfer_id, parcel.attempt, self._me, parcel.fetcher)

@@ -8,6 +8,8 @@ page, as a decode worker does. A route is a transport and the socket that it nee
     zmq-ipc   ZeroMQ over a Unix socket
     zmq-tcp   ZeroMQ over tcp
     zmq-aes   the same, sealed, as with `--keys`
+    cuda      memory of a CUDA device, its messages over a Unix socket
+    gloo      a group of two ranks over loopback, its messages over a Unix socket
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from mesh.keys import WORKER, create, load
 from mesh.layout import KvLayout
 from mesh.messages import Peer
 
-ROUTES = ("local", "shm", "zmq-ipc", "zmq-tcp", "zmq-aes")
+ROUTES = ("local", "shm", "zmq-ipc", "zmq-tcp", "zmq-aes", "gloo", "cuda")
 FETCH_LIMIT_S = 120.0
 Context = zmq.Context[zmq.Socket[bytes]]
 Pages = npt.NDArray[np.uint8]
@@ -63,6 +65,7 @@ class Station:
             clock=time.monotonic,
             exchange=exchange,
             keys=load(folder, WORKER) if route == "zmq-aes" else None,
+            device="cuda" if route == "cuda" else "cpu",
         )
         self.poller = zmq.Poller()
         self.watched: set[zmq.Socket[bytes]] = set()

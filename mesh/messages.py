@@ -58,6 +58,16 @@ class Peer:
 
 
 @dataclass(frozen=True, slots=True)
+class KvHolder:
+    """A worker that is thought to have the beginning of a prompt. It may have less: residency is a hint."""
+
+    peer: Peer
+    tokens: int
+    load: int
+    """Requests running, waiting or fetching there."""
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """A worker's state at its last step; all counts are requests, blocks or tokens."""
 
@@ -100,6 +110,8 @@ class PrefillReport:
     transfer_bytes: int
     overlap_bytes: int
     """Bytes of `transfer_bytes` that arrived before the prefill's first token did."""
+    reused_tokens: int
+    """Cached or fetched ones, but for those fetched from where they were computed for this very request."""
 
 
 @dataclass(slots=True)
@@ -180,16 +192,14 @@ class Prefill:
     hash_root: bytes
     deadline_s: float
     """Relative, from receipt."""
-    history: Peer | None
-    """A worker that has more of the prompt's beginning, of the turns before, so that fetching it beats computing it."""
-    history_tokens: int
-    """How much it is thought to have."""
+    holders: tuple[KvHolder, ...]
+    """Workers that have more of the prompt's beginning, of the turns before, so that fetching it beats computing it."""
 
 
 @message(7)
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Generate until the request ends; fetch from `source` (and hear the first token there) if one is named."""
+    """Generate until the request ends; fetch what is not here from `holders` and `source`, if any are named."""
 
     request_id: str
     attempt: int
@@ -199,9 +209,9 @@ class Decode:
     hash_root: bytes
     deadline_s: float
     source: Peer | None
-    """The worker that computes (`Prefill`) or holds the prompt's blocks."""
-    source_prefills: bool
-    """True: `source` got a `Prefill` of this attempt. False: it only holds what it holds."""
+    """The worker that got a `Prefill` of this attempt: it makes all blocks, and says the first token."""
+    holders: tuple[KvHolder, ...]
+    """Others that have the prompt's beginning, so that `source` need not send it."""
     recompute_limit: int
     """Tokens this worker may compute itself when blocks do not arrive; above it the request is handed back."""
 

@@ -28,7 +28,11 @@ class WorkerSettings:
     keys: str = _flag(
         "directory of the fleet's keys (`kvmesh keys DIR`): every tcp socket between processes is encrypted", ""
     )
-    transport: str = _flag("KV transports in order of preference: shm, zmq", "shm,zmq")
+    transport: str = _flag(
+        "KV transports in order of preference, of cuda (device memory, CUDA workers of one host), shm, nccl (CUDA "
+        "workers, not encrypted), gloo (as nccl, on CPU: for tests), zmq (always there)",
+        "shm,zmq",
+    )
     store: str = _flag("where residency lives: memory or redis://HOST:PORT/DB", "memory")
     device: str = _flag("cpu or cuda[:N]", "cpu")
     dtype: str = _flag("number format", "auto", choices=("auto", "float32", "bfloat16", "float16"))
@@ -145,5 +149,7 @@ class DoctorSettings:
 
     store: str = _flag("a store to ask: redis://HOST:PORT/DB", "")
     keys: str = _flag("directory of the fleet's keys, to look at them too", "")
+    transport: str = _flag("the workers' --transport: which of the links they would use", "shm,zmq")
+    device: str = _flag("the workers' --device", "cpu")
     mib: int = _flag("how much each link moves per round", 64, minimum=1, maximum=4096)
     json: bool = _flag("print one JSON object", False)

@@ -17,7 +17,7 @@ import msgpack
 
 from mesh.errors import BadFrame
 
-PROTOCOL = 4
+PROTOCOL = 5
 MAX_FRAME_BYTES = 64 << 20
 """A control frame: 16 M tokens as int32 is far above any context we serve."""
 MAX_ITEMS = 1 << 20

@@ -2,7 +2,7 @@
 
 Life of a request here:
 
-    1. `Prefill` arrives        with a history: another worker's blocks of it are fetched (FETCHING);
+    1. `Prefill` arrives        with holders of its beginning: their blocks are fetched (FETCHING);
                                 the engine computes the rest chunk by chunk (a request that leaves after one token)
     2. the decode worker's `Fetch` may come before, during or after; completed blocks go out with the chunk that
        completes them
@@ -20,7 +20,7 @@ from engine.step import TokenOut
 from kvtransfer.endpoint import BlockArrived, FetchEnded, StreamReleased
 from kvtransfer.endpoint import Event as KvEvent
 from kvtransfer.protocol import Wanted
-from mesh.messages import Abort, Decode, Peer, Prefill, PrefillReport
+from mesh.messages import Abort, Decode, KvHolder, Prefill, PrefillReport
 from worker.firsttoken import FirstToken
 from worker.links import ProxyLink
 from worker.role import Job, Parts, engine_request, new_transfer_id
@@ -31,10 +31,9 @@ from worker.steploop import Expected, Rejected, Stepped
 class PrefillJob(Job):
     """A prompt that is computed here."""
 
-    history: Peer | None
-    history_tokens: int
+    holders: tuple[KvHolder, ...]
     transfer_id: bytes = b""
-    """Of the history, while it is fetched."""
+    """From the holders, while they bring something."""
     transfer_s: float = 0.0
     transfer_bytes: int = 0
 
@@ -51,17 +50,15 @@ class PrefillRole:
         self._by_transfer: dict[bytes, PrefillJob] = {}
 
     @property
-    def busy(self) -> bool:
-        return bool(self._jobs or self._streams)
+    def num_jobs(self) -> int:
+        return len(self._streams.keys() | {job.key for job in self._jobs.values()})
 
     def assign(self, link: ProxyLink, message: Prefill | Decode) -> None:
         deadline = self._parts.clock() + max(0.0, message.deadline_s)
         if not isinstance(message, Prefill):
             self._parts.refuse_role(Job(message.request_id, message.attempt, link, deadline), message)
             return
-        job = PrefillJob(
-            message.request_id, message.attempt, link, deadline, message.history, max(0, message.history_tokens)
-        )
+        job = PrefillJob(message.request_id, message.attempt, link, deadline, message.holders)
         known = self._jobs.get(message.request_id)
         if not self._parts.is_new(job, known, len(message.tokens)):
             return
@@ -71,7 +68,7 @@ class PrefillRole:
         self._streams[job.key] = job
         self._parts.kv.open_stream(job.key)
         request = engine_request(message, self._parts.clock(), stop_after=1)
-        if job.history is not None:
+        if job.holders:
             self._parts.loop.expect(request)
         else:
             self._parts.loop.add(request)
@@ -111,6 +108,7 @@ class PrefillRole:
             transfer_s=job.transfer_s,
             transfer_bytes=job.transfer_bytes,
             overlap_bytes=0,
+            reused_tokens=request.num_cached_tokens + request.num_fetched_tokens,
         )
         self._parts.metrics.prompt(report)
         self._parts.replies.token(job, out, finish, report)
@@ -119,9 +117,9 @@ class PrefillRole:
 
     def expected(self, event: Expected) -> None:
         job = self._streams.get(event.key)
-        if job is None or job.history is None:
+        if job is None or not job.holders:
             return
-        blocks = job.history_tokens // self._parts.kv.layout.block_tokens
+        blocks = max(h.tokens for h in job.holders) // self._parts.kv.layout.block_tokens
         wanted = [Wanted(m.index, m.hash, m.valid_tokens) for m in event.missing if m.index < blocks]
         if not wanted:
             self._parts.loop.ready(job.key, ())
@@ -129,7 +127,7 @@ class PrefillRole:
         job.transfer_id = new_transfer_id()
         self._by_transfer[job.transfer_id] = job
         left = job.deadline - self._parts.clock()
-        self._parts.kv.fetch(job.transfer_id, job.attempt, job.history, "", wanted, left)
+        self._parts.kv.gather(job.transfer_id, job.attempt, None, "", job.holders, wanted, left)
 
     def rejected(self, event: Rejected) -> None:
         job = self._streams.get(event.key)
@@ -153,7 +151,7 @@ class PrefillRole:
             self._parts.loop.fill(job.key, event.index, event.payload)
 
     def _fetched(self, event: FetchEnded) -> None:
-        """Whatever of the history did not come is computed."""
+        """Whatever the holders did not bring is computed."""
         job = self._by_transfer.pop(event.transfer_id, None)
         if job is not None:
             job.transfer_s = event.seconds

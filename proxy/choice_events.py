@@ -30,7 +30,9 @@ class Routed:
 
     decode: Place
     source: Place | None
-    source_prefills: bool
+    """The prefill worker, if there is one."""
+    holders: frozenset[Place]
+    """Of whom the decode worker is told that they have the prompt's beginning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,6 @@ class Assign:
     number: int
     decode: Place
     source: Place | None
-    source_prefills: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ import zmq
 from mesh import wire
 from mesh.curve import Authenticator, check_address, is_ipc, serve
 from mesh.errors import EXIT_PORT, BadFrame, StartupError
+from mesh.heartbeats import set_heartbeats
 from mesh.keys import Keys
 from mesh.messages import ProxyBeat, Register, Welcome, WorkerInfo
 from proxy.routing.place import Place
@@ -82,6 +83,7 @@ class ControlSocket:
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
         self._socket.setsockopt(zmq.SNDHWM, QUEUED_PER_WORKER)
         self._socket.setsockopt(zmq.RCVHWM, QUEUED_PER_WORKER)
+        set_heartbeats(self._socket)
         self._places: dict[bytes, Place] = {}
         self._names: dict[Place, bytes] = {}
         self._forgotten: dict[Place, int] = {}

@@ -12,10 +12,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mesh import blockhash
-from mesh.messages import Abort, Decode, Prefill, Refused, TokenDelta
+from mesh.messages import Abort, Decode, KvHolder, Prefill, Refused, TokenDelta
 from proxy import lifecycle
 from proxy.choice_events import (
     Absence,
@@ -41,6 +41,7 @@ from proxy.routing import admission
 from proxy.routing.place import Place
 from proxy.routing.placement import Placement
 from proxy.routing.residency import short_names
+from proxy.routing.router import Resident
 from proxy.running import Choice, RunningGeneration
 
 log = logging.getLogger(__name__)
@@ -272,8 +273,8 @@ class MeshDispatcher:
             self.retries[need.retry] = self.retries.get(need.retry, 0) + 1
             log.info("request %s goes to %s: %s", choice.wire_id, plan.decode.worker_id, need.retry)
         self._placement.commit(choice.wire_id, plan, now)
-        choice.recompute_limit, choice.history = plan.recompute_limit, plan.history
-        return Routed(plan.decode, plan.source, plan.source_prefills)
+        choice.recompute_limit, choice.holders, choice.history = plan.recompute_limit, plan.holders, plan.history
+        return Routed(plan.decode, plan.source, frozenset(r.place for r in plan.holders))
 
     def _names(self, choice: Choice) -> list[int]:
         """The full blocks of the prompt, and of what was generated since."""
@@ -298,17 +299,20 @@ class MeshDispatcher:
         common = (choice.wire_id, assign.number, choice.tokens, len(request.tokens), choice.params)
         root, left = choice.generation.hash_root, choice.generation.deadline - now
         choice.decode = assign.decode
-        choice.prefill = assign.source.worker_id if assign.source is not None and assign.source_prefills else None
-        if assign.source is not None and assign.source_prefills:
-            history = choice.history
-            holder = None if history is None else self._fleet.peer(history.holder)
-            tokens = 0 if history is None else history.tokens
-            if not self._fleet.send(assign.source, Prefill(*common, root, left, holder, tokens)):
+        choice.prefill = assign.source.worker_id if assign.source is not None else None
+        if assign.source is not None:
+            prefill = Prefill(*common, root, left, self._holders(choice.history))
+            if not self._fleet.send(assign.source, prefill):
                 return self._unreachable(assign.source)
-        message = Decode(*common, root, left, source, assign.source_prefills, choice.recompute_limit)
+        message = Decode(*common, root, left, source, self._holders(choice.holders), choice.recompute_limit)
         if not self._fleet.send(assign.decode, message):
             return self._unreachable(assign.decode)
         return None
+
+    def _holders(self, residents: Sequence[Resident]) -> tuple[KvHolder, ...]:
+        """As workers are told of them, those that are still known."""
+        found = [(self._fleet.peer(r.place), r) for r in residents]
+        return tuple([KvHolder(peer, r.tokens, r.live) for peer, r in found if peer is not None])
 
     def _unreachable(self, worker: Place) -> Event:
         self._fleet.unreachable(worker)

@@ -51,7 +51,7 @@ class Route:
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens that no worker had to compute for this request."""
-        return max((r.cached_tokens for r in self.reports), default=0)
+        return max((r.reused_tokens for r in self.reports), default=0)
 
 
 class Generation(Protocol):

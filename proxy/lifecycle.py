@@ -83,9 +83,9 @@ class Attempt:
     number: int
     decode: Place
     source: Place | None
-    """Where the decode worker fetches from, until it has sent its first token."""
-    source_prefills: bool
-    """`source` got a `Prefill` of this attempt."""
+    """The prefill worker; the decode worker depends on it until it has sent its first token."""
+    holders: frozenset[Place]
+    """Where the decode worker may fetch from too; it can do without any of them."""
     first_index: int
     """Tokens of the choice that the workers were given."""
     source_spoke: bool = False
@@ -170,9 +170,9 @@ def _routed(state: ChoiceState, event: Routed) -> Step:
         return state, ()
     number = state.attempts + 1
     given = len(state.journal)
-    attempt = Attempt(number, event.decode, event.source, event.source_prefills, given)
+    attempt = Attempt(number, event.decode, event.source, event.holders, given)
     phase = Phase.STREAMING if given else Phase.ASSIGNED
-    assign = Assign(number, event.decode, event.source, event.source_prefills)
+    assign = Assign(number, event.decode, event.source)
     return state._replace(phase=phase, attempts=number, attempt=attempt), (assign,)
 
 
@@ -231,7 +231,7 @@ def _deltas(state: ChoiceState, worker: Place, delta: TokenDelta, now: float) ->
     if worker == attempt.decode:
         if not attempt.decode_spoke:
             attempt = replace(attempt, decode_spoke=True)
-    elif worker == attempt.source and attempt.source_prefills:
+    elif worker == attempt.source:
         if not attempt.source_spoke:
             attempt = replace(attempt, source_spoke=True)
     else:
@@ -339,7 +339,7 @@ def _leftovers(state: ChoiceState, told_by: Place | None) -> list[Effect]:
     aborts: list[Effect] = []
     if told_by != attempt.decode:
         aborts.append(SendAbort(attempt.decode, attempt.number, "done"))
-    if attempt.source is not None and attempt.source_prefills and not attempt.source_spoke:
+    if attempt.source is not None and not attempt.source_spoke:
         aborts.append(SendAbort(attempt.source, attempt.number, "done"))
     return aborts
 
@@ -352,11 +352,13 @@ def _refused(state: ChoiceState, event: WorkerRefused, now: float) -> Step:
         return state, ()
     if not event.retryable:
         return _fail(state, _final_refusal(event), "refused")
-    culprit = event.worker
-    if event.code == "blocks_missing" and attempt.source is not None:
-        culprit = attempt.source  # the decode worker only reports what did not come
-    state = state._replace(excluded=state.excluded | {culprit})
-    return _again(state, now, "refused", setback=event.code != "draining")
+    culprits = frozenset((event.worker,))
+    if event.code == "blocks_missing":  # the decode worker only reports what did not come
+        culprits = frozenset((attempt.source,)) if attempt.source is not None else attempt.holders
+    state = state._replace(excluded=state.excluded | culprits)
+    if event.code == "draining":  # as good as lost: the fleet does not say no, so nobody holds the next attempt back
+        return _again(state, now, "lost", setback=False)
+    return _again(state, now, "refused")
 
 
 def _final_refusal(event: WorkerRefused) -> Fail:
@@ -407,5 +409,5 @@ def _aborts(state: ChoiceState, reason: str) -> tuple[Effect, ...]:
     attempt = state.attempt
     if attempt is None:
         return ()
-    source = (attempt.source,) if attempt.source is not None and attempt.source_prefills else ()
+    source = (attempt.source,) if attempt.source is not None else ()
     return tuple([SendAbort(w, attempt.number, reason) for w in (*source, attempt.decode)])

@@ -14,7 +14,7 @@ from proxy.choice_events import ClientGone, Emit, Event, Fail, StopReached
 from proxy.generation import Chunk, GenerateRequest, Route
 from proxy.lifecycle import ChoiceState
 from proxy.routing.place import Place
-from proxy.routing.router import History
+from proxy.routing.router import Resident
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,9 @@ class Choice:
     decode: Place | None = None
     """Of the last attempt."""
     recompute_limit: int = 0
-    history: History | None = None
-    """Both of the last plan; see `Decode` and `Prefill`."""
+    holders: tuple[Resident, ...] = ()
+    history: tuple[Resident, ...] = ()
+    """All three of the last plan, see there."""
 
     @property
     def params(self) -> SamplingParams:

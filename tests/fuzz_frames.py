@@ -270,7 +270,7 @@ class Fuzzer:
     def payload(self) -> tuple[str, int]:
         """Where a `Blocks` message says its bytes are: slots of shared memory, the frame behind it."""
         parts = [b"p" * self._chance.choice((1, 100, 4096))]
-        posted = self._shm.post(parts)
+        posted = self._shm.post(parts, b"")
         assert posted is not None
         place, size = posted.place, len(parts[0])
         odd = self._chance.choice((0, -8, 8, 7, 4096, 1 << 40, -(1 << 63), 1 << 64))

@@ -5,11 +5,16 @@ A link's life:
     dialled ──connected──▶ Register sent ──Welcome──▶ registered ──lease lapsed / another proxy answers──▶ lost
        ▲                        ▲ (repeated until Welcome)                                                  │
        └────────────────────────┴───────────────────────────────────────────────────────────────────────────┘
+
+ZeroMQ dials again where a connection ended, but not where it got something that is no ZMTP or does not decrypt: such a
+socket stays deaf for ever, and some still send. So a link that has no connection for a while opens another socket, and
+one that cannot read what comes does at once.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +25,7 @@ from zmq.utils.monitor import recv_monitor_message
 from mesh import wire
 from mesh.curve import HANDSHAKE_FAILED, check_address, dial, is_ipc
 from mesh.errors import BadFrame
+from mesh.heartbeats import set_heartbeats
 from mesh.keys import Keys
 from mesh.messages import ProxyBeat, Register, Welcome, WorkerInfo
 
@@ -29,6 +35,8 @@ REGISTER_EVERY_S = 0.5
 """Until a `Welcome` comes; a proxy that starts later than its workers is found within this."""
 RECONNECT_MS = 50
 RECONNECT_MAX_MS = 1000
+REDIAL_S = 2.5
+"""Without a connection, before another socket is opened: more than a handshake may take."""
 SEND_QUEUE = 10_000
 """Messages libzmq holds for a proxy that reads slowly; the link's own outbox takes over above it."""
 WATCHED = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | HANDSHAKE_FAILED
@@ -37,7 +45,7 @@ OUTBOX_LIMIT = 100_000
 
 
 class ProxyLink:
-    """One proxy as this worker sees it; used by the I/O thread only."""
+    """One proxy as this worker sees it; used by the I/O thread only. Its `socket` and `monitor` change."""
 
     def __init__(
         self,
@@ -50,29 +58,44 @@ class ProxyLink:
         check_address("--proxy", address, keys)
         self.address = address
         self.proxy_id = ""
+        self._context = context
+        self._keys = keys
         self._info = info
         self._forgotten = 0
         self._lease_s = 0.0
         self._heard = 0.0
         self._next_register = 0.0
         self._outbox: deque[bytes] = deque()
-        self.socket = context.socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.LINGER, 200)
-        self.socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
-        self.socket.setsockopt(zmq.IMMEDIATE, 1)
-        self.socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
-        self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-        if keys is not None and not is_ipc(address):
-            dial(self.socket, keys, keys.proxy)
-        self.monitor = self.socket.get_monitor_socket(WATCHED)
-        self.socket.connect(address)
+        self._connected = False
+        self._complained = False
+        """Of a proxy that ends every handshake, once."""
+        self._redial_at = math.inf
+        self.socket, self.monitor = self._dial()
+
+    def _dial(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        """A socket that connects to the proxy, and its monitor."""
+        socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 200)
+        socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
+        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+        set_heartbeats(socket)
+        if self._keys is not None and not is_ipc(self.address):
+            dial(socket, self._keys, self._keys.proxy)
+        monitor = socket.get_monitor_socket(WATCHED)
+        socket.connect(self.address)
+        return socket, monitor
 
     @property
     def registered(self) -> bool:
         return self.proxy_id != ""
 
     def close(self) -> None:
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         self.socket.disable_monitor()
         self.monitor.close(0)
         self.socket.close()
@@ -120,14 +143,30 @@ class ProxyLink:
     def reconnected(self, now: float) -> None:
         """Reads the socket monitor: on a new connection the worker introduces itself again."""
         while self.monitor.poll(0):
-            event = recv_monitor_message(self.monitor)
-            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            event = recv_monitor_message(self.monitor)["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._connected = True
+                self._complained = False
+                self._redial_at = math.inf
                 self._register(now)
-            elif event["event"] & HANDSHAKE_FAILED:
-                log.warning("proxy %s and this worker do not know each other's keys", self.address)
+            elif self._connected and event & HANDSHAKE_FAILED:
+                log.warning("what proxy %s sends cannot be read; dialling again", self.address)
+                self._connected = False
+                self._redial_at = now
+            else:
+                if event & HANDSHAKE_FAILED and not self._complained:
+                    self._complained = True
+                    log.warning("proxy %s and this worker do not know each other's keys", self.address)
+                self._connected = False
+                self._redial_at = min(self._redial_at, now + REDIAL_S)
 
     def tick(self, now: float) -> bool:
-        """Repeats `Register` while unknown. True: the proxy's lease just lapsed and the link is lost."""
+        """Dials again where that is due, and repeats `Register` while unknown. True: the proxy's lease just lapsed and
+        the link is lost."""
+        if now >= self._redial_at:
+            self._redial_at = now + REDIAL_S
+            self._hang_up()
+            self.socket, self.monitor = self._dial()
         if not self.registered:
             if now >= self._next_register:
                 self._register(now)

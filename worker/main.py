@@ -105,6 +105,7 @@ def serve(settings: WorkerSettings, make_role: Callable[[Parts], Role]) -> int:
         transports=tuple(t.strip() for t in settings.transport.split(",") if t.strip()),
         clock=time.monotonic,
         keys=keys,
+        device=settings.device,
     )
     info = WorkerInfo(
         worker_id=settings.worker_id,

@@ -16,9 +16,9 @@ from worker.steploop import Stepped
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 SECONDS = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2.5, 5)
 BLOCK_STATES = ("free", "cached", "held")
-OPEN = ("fetching", "serving", "streams")
+OPEN = ("fetching", "serving", "streams", "slots")
 SOURCES = ("local_compute", "local_cache_hit", "external_kv_transfer")
-TRANSPORTS = ("local", "shm", "zmq")
+TRANSPORTS = ("local", "cuda", "shm", "zmq", "nccl", "gloo")
 UNSEALED = ("forged", "replayed", "session", "truncated", "hello", "unknown_key", "client_key")
 OUTCOMES = ("ok", "timeout", "peer_lost", "refused", "aborted")
 REFUSALS = ("blocks_missing", "deadline", "draining", "no_memory", "stale_incarnation", "too_long", "wrong_role")
@@ -37,9 +37,13 @@ class WorkerMetrics:
         self._usage = self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use by requests, 0 to 1.")
         self._fetching = self._gauge("kvmesh_kv_fetching_requests", "Requests that wait for blocks of another worker.")
         self._held = self._gauge("kvmesh_kv_held_requests", "Finished prefills whose blocks wait to be fetched.")
+        self._jobs = self._gauge("kvmesh_open_attempts", "Attempts of requests that are not over here.")
         self._blocks = self._gauges("kvmesh_kv_blocks", "KV blocks; the sum is the pool.", "state", BLOCK_STATES)
         self._open = self._gauges(
-            "kvmesh_kv_open", "Transfers under way, and streams kept for a fetcher.", "what", OPEN
+            "kvmesh_kv_open",
+            "Transfers under way, streams kept for a fetcher, and its parcels in shared memory.",
+            "what",
+            OPEN,
         )
         self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens per engine step.", STEP_TOKENS)
         self._step_seconds = self._histogram("kvmesh_engine_step_seconds", "Time of one engine step.", SECONDS)
@@ -91,8 +95,9 @@ class WorkerMetrics:
         self._generated.inc(len(event.output.tokens))
         self._evicted.inc(len(event.output.removed))
 
-    def beaten(self, load: Load, transfers: TransferStats) -> None:
-        """The engine's and the endpoint's state, at every beat."""
+    def beaten(self, load: Load, transfers: TransferStats, jobs: int) -> None:
+        """The engine's, the endpoint's and the role's state, at every beat."""
+        self._jobs.set(jobs)
         self._running.set(load.running)
         self._waiting.set(load.waiting)
         self._fetching.set(load.fetching)
@@ -100,7 +105,8 @@ class WorkerMetrics:
         self._usage.set(load.held_blocks / self._total_blocks)
         for state, count in zip(BLOCK_STATES, (load.free_blocks, load.cached_blocks, load.held_blocks), strict=True):
             self._blocks[state].set(count)
-        for what, count in zip(OPEN, (transfers.fetching, transfers.serving, transfers.held_streams), strict=True):
+        kept = (transfers.fetching, transfers.serving, transfers.held_streams, transfers.slots)
+        for what, count in zip(OPEN, kept, strict=True):
             self._open[what].set(count)
         self._transferred(transfers)
 

@@ -116,10 +116,7 @@ class WorkerProcess:
         self._last_beat = clock()
         self._poller = zmq.Poller()
         self._poller.register(self._wake.fd, zmq.POLLIN)
-        for link in self._links:
-            self._poller.register(link.socket, zmq.POLLIN)
-            self._poller.register(link.monitor, zmq.POLLIN)
-        self._kv_sockets: set[zmq.Socket[bytes]] = set()
+        self._watched: set[zmq.Socket[bytes]] = set()
 
     def drain(self) -> None:
         """Asks for a clean end; callable from a signal handler."""
@@ -148,25 +145,25 @@ class WorkerProcess:
             self._close()
         return self._exit_code
 
-    def _watch_kv(self) -> None:
-        """Connections to other workers come and go."""
-        current = set(self._station.kv.sockets())
-        for socket in self._kv_sockets - current:
+    def _watch(self, current: set[zmq.Socket[bytes]]) -> None:
+        """Connections come and go."""
+        for socket in self._watched - current:
             self._poller.unregister(socket)
-        for socket in current - self._kv_sockets:
+        for socket in current - self._watched:
             self._poller.register(socket, zmq.POLLIN)
-        self._kv_sockets = current
+        self._watched = current
 
     def _turn(self) -> None:
         """One round: wait, read everything that came, answer, flush."""
-        self._watch_kv()
+        kv_sockets = set(self._station.kv.sockets())
+        self._watch(kv_sockets.union(*((link.socket, link.monitor) for link in self._links)))
         due_ms = (self._station.kv.next_deadline() - self._clock()) * 1000
         ready = {source for source, _ in self._poller.poll(int(max(0.0, min(POLL_MS, due_ms))))}
         if self._wake.fd in ready:
             self._wake.clear()
         now = self._clock()
         self._read_proxies(now)
-        for socket in self._kv_sockets & ready:
+        for socket in kv_sockets & ready:
             self._kv_events(self._station.kv.receive(socket))
         self._read_loop()
         self._tick(now)
@@ -239,7 +236,7 @@ class WorkerProcess:
 
     def _beat(self, event: Beaten) -> None:
         self._last_beat = self._clock()
-        self._station.metrics.beaten(event.load, self._station.kv.stats())
+        self._station.metrics.beaten(event.load, self._station.kv.stats(), self._role.num_jobs)
         beat = Beat(event.steps, self._draining_until is not None, event.load)
         for link in self._links:
             if link.registered:
@@ -262,9 +259,9 @@ class WorkerProcess:
             if link.tick(now):
                 self._role.lost(link)
         if self._drain_asked and self._draining_until is None:
-            log.info("draining: finishing %s", "running requests" if self._role.busy else "nothing")
+            log.info("draining: finishing %s", "running requests" if self._role.num_jobs else "nothing")
             self._draining_until = now + self._station.drain_timeout
-        if self._draining_until is not None and (not self._role.busy or now >= self._draining_until):
+        if self._draining_until is not None and (not self._role.num_jobs or now >= self._draining_until):
             self._leave()
 
     def _leave(self) -> None:

@@ -142,5 +142,5 @@ class Role(Protocol):
         """Draining has run out of time: give every request back to its proxy."""
 
     @property
-    def busy(self) -> bool:
-        """Some request of a proxy is not finished here."""
+    def num_jobs(self) -> int:
+        """Attempts of proxies' requests that are not over here."""

@@ -1,7 +1,7 @@
 """What carries payload bytes from a holder to a fetcher, behind one small interface.
 
 Control messages always travel by ZeroMQ; a transport only decides where the bytes of a `Blocks` message are. One object
-serves both directions of an endpoint and is used by one thread.
+serves both directions of an endpoint and is used by one thread; none of its methods waits.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ class Posted:
     """To be sent behind the message."""
 
 
+class Landing(Protocol):
+    """Bytes that are still on their way into this process."""
+
+    def payload(self) -> Payload | None:
+        """The bytes; None: not yet, ask again. Raises `TransportFault`, within seconds if they do not come."""
+
+
 class Transport(Protocol):
     @property
     def name(self) -> str: ...
@@ -47,14 +54,21 @@ class Transport(Protocol):
     def scope(self) -> str:
         """Two endpoints can use this transport if their scopes are equal."""
 
-    def post(self, parts: Sequence[Payload]) -> Posted | None:
-        """Makes `parts`, one after another, available to the receiver; None: no room now, use another transport.
+    def post(self, parts: Sequence[Payload], link: bytes) -> Posted | None:
+        """Makes `parts`, one after another, available to the receiver at the other end of `link`; None: not now, use
+        another transport.
 
         The caller must not change `parts` afterwards.
         """
 
-    def take(self, place: Place, size: int, frame: Payload | None) -> Payload:
-        """The `size` bytes at `place`, in memory that the sender cannot change. Raises `TransportFault`."""
+    def take(self, place: Place, size: int, frame: Payload | None) -> Payload | Landing:
+        """The `size` bytes at `place`, in memory that the sender cannot change. Raises `TransportFault`.
+
+        Called once for each message of a link, in their order.
+        """
+
+    def skip(self, place: Place, size: int) -> None:
+        """Instead of `take`: nobody wants these bytes any more."""
 
     def reclaim(self, slot: int, seq: int) -> None:
         """The receiver is done with what `post` put there, or will never read it."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from kvtransfer.messages import Place
 from kvtransfer.transports.base import Payload, Posted, TransportFault
 from kvtransfer.transports.pool import BufferPool
@@ -23,21 +21,16 @@ class InlineTransport:
     def __init__(self, parcel_bytes: int) -> None:
         self._pool = BufferPool(parcel_bytes)
 
-    def post(self, parts: Sequence[Payload]) -> Posted:
-        return Posted(_PLACE, parts[0] if len(parts) == 1 else self._joined(parts))
-
-    def _joined(self, parts: Sequence[Payload]) -> Payload:
-        whole = self._pool.get(sum(len(p) for p in parts))
-        at = 0
-        for part in parts:
-            np.copyto(whole[at : at + len(part)], np.frombuffer(part, dtype=np.uint8))
-            at += len(part)
-        return whole.data
+    def post(self, parts: Sequence[Payload], link: bytes) -> Posted:
+        return Posted(_PLACE, parts[0] if len(parts) == 1 else self._pool.joined(parts).data)
 
     def take(self, place: Place, size: int, frame: Payload | None) -> Payload:
         if frame is None or len(frame) != size:
             raise TransportFault(f"{size} bytes announced, {0 if frame is None else len(frame)} came")
         return frame
+
+    def skip(self, place: Place, size: int) -> None:
+        """The frame came with the message."""
 
     def reclaim(self, slot: int, seq: int) -> None:
         """Nothing is kept."""

@@ -35,7 +35,7 @@ class LocalTransport:
     def scope(self) -> str:
         return self._exchange.name
 
-    def post(self, parts: Sequence[Payload]) -> Posted:
+    def post(self, parts: Sequence[Payload], link: bytes) -> Posted:
         number = next(self._exchange.numbers)
         self._exchange.parcels[number] = tuple(parts)
         self._mine.add(number)
@@ -49,6 +49,9 @@ class LocalTransport:
         if len(payload) != size:
             raise TransportFault(f"{size} bytes announced, {len(payload)} found")
         return payload
+
+    def skip(self, place: Place, size: int) -> None:
+        """The parcel is the sender's again when it is returned."""
 
     def reclaim(self, slot: int, seq: int) -> None:
         self._exchange.parcels.pop(slot, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,14 @@ Bytes = npt.NDArray[np.uint8]
 
 KEEP_BYTES = 64 << 20
 """Kept for reuse: two transfers' windows."""
+
+
+def fill(target: Bytes, parts: Sequence[bytes | memoryview]) -> None:
+    """Copies `parts`, one after another, to the beginning of `target`."""
+    at = 0
+    for part in parts:
+        np.copyto(target[at : at + len(part)], np.frombuffer(part, dtype=np.uint8))
+        at += len(part)
 
 
 class BufferPool:
@@ -34,6 +43,12 @@ class BufferPool:
         returning: weakref.finalize[Any, Bytes] = weakref.finalize(view, self._free.append, whole)
         returning.atexit = False
         return view
+
+    def joined(self, parts: Sequence[bytes | memoryview]) -> Bytes:
+        """A copy of `parts`, one after another."""
+        whole = self.get(sum(len(p) for p in parts))
+        fill(whole, parts)
+        return whole
 
     @property
     def num_free(self) -> int:

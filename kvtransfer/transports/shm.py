@@ -2,11 +2,9 @@
 
 The sender owns one segment, a file of `SHM_DIR` cut into slots:
 
-    slot    sequence number (8 bytes, padded to 64), then up to `slot_bytes` of payload
+    slot    sequence number (8 bytes, padded to 64; see `slots`), then up to `slot_bytes` of payload
 
-A slot's number is odd while the sender writes and even when it is whole; the message names the number it was written
-under, and the receiver finds it both before and after its copy or has nothing. So a sender may take a slot back at any
-time. The file is locked for as long as its owner lives, whatever name spaces of process ids the two are in: who can
+The file is locked for as long as its owner lives, whatever name spaces of process ids the two are in: who can
 lock a file that is not his own has found one whose owner is dead, and removes it.
 """
 
@@ -25,7 +23,8 @@ import numpy.typing as npt
 
 from kvtransfer.messages import Place
 from kvtransfer.transports.base import Payload, Posted, TransportFault
-from kvtransfer.transports.pool import BufferPool, Bytes
+from kvtransfer.transports.pool import BufferPool, Bytes, fill
+from kvtransfer.transports.slots import Slots
 
 NAME = "shm"
 SHM_DIR = Path("/dev/shm")
@@ -148,27 +147,24 @@ class ShmTransport:
         self._stride = -(-(HEADER_BYTES + slot_bytes) // PAGE_BYTES) * PAGE_BYTES
         self._segment: Segment | None = None
         self._made = False
-        self._free: list[int] = []
-        self._seqs: list[int] = []
+        self._slots = Slots(0)
         self._open: dict[str, Segment] = {}
         self._pool = BufferPool(slot_bytes)
         remove_orphans()
 
-    def post(self, parts: Sequence[Payload]) -> Posted | None:
+    def post(self, parts: Sequence[Payload], link: bytes) -> Posted | None:
         if not self._made:
             self._make()
         size = sum(len(p) for p in parts)
-        if self._segment is None or not self._free or size > self._stride - HEADER_BYTES:
+        if self._segment is None or size > self._stride - HEADER_BYTES:
             return None
-        slot = self._free.pop()
-        seq = self._seqs[slot] + 2
-        self._seqs[slot] = seq
+        free = self._slots.begin()
+        if free is None:
+            return None
+        slot, seq = free
         base = slot * self._stride
         self._segment.numbers[base // 8] = seq - 1
-        at = base + HEADER_BYTES
-        for part in parts:
-            np.copyto(self._segment.bytes[at : at + len(part)], np.frombuffer(part, dtype=np.uint8))
-            at += len(part)
+        fill(self._segment.bytes[base + HEADER_BYTES :], parts)
         self._segment.numbers[base // 8] = seq
         return Posted(Place(NAME, self._segment.path.name, base, seq), None)
 
@@ -183,8 +179,7 @@ class ShmTransport:
             self._segment = Segment.own(slots * self._stride)
         except OSError:  # shared memory is an optimisation: the parcel goes by the connection
             return
-        self._seqs = [0] * slots
-        self._free = list(range(slots))
+        self._slots = Slots(slots)
 
     def take(self, place: Place, size: int, frame: Payload | None) -> Payload:
         segment = self._segment_of(place.segment)
@@ -198,6 +193,9 @@ class ShmTransport:
             raise TransportFault("the slot was overwritten during the copy")
         return copy.data.toreadonly()
 
+    def skip(self, place: Place, size: int) -> None:
+        """The slot is the sender's again when it is returned."""
+
     def _segment_of(self, name: str) -> Segment:
         segment = self._open.get(name)
         if segment is None:
@@ -208,10 +206,7 @@ class ShmTransport:
         return segment
 
     def reclaim(self, slot: int, seq: int) -> None:
-        number = slot // self._stride
-        if self._segment is not None and self._seqs[number] == seq:
-            self._free.append(number)
-            self._seqs[number] = seq + 2  # a second reclaim of the same parcel finds another number
+        self._slots.reclaim(slot // self._stride, seq)
 
     def forget(self, segment: str) -> None:
         known = self._open.pop(segment, None)

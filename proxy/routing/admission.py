@@ -1,7 +1,7 @@
 """How much the proxy takes on: the bound on live requests, and the budget of retries.
 
 Only what workers refused draws on the budget's permission: a fleet that says no must not be asked ever more
-often. Work whose worker died is placed again at once (it counts, but is never held): it was admitted, it is
+often. Work whose worker died or leaves is placed again at once (it counts, but is never held): it was admitted, it is
 bounded by what was running, and holding it would turn one dead worker into failed requests.
 """
 

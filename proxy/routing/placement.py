@@ -52,7 +52,7 @@ class Placement:
     def commit(self, request: str, plan: Plan, now: float) -> None:
         """Counts the plan as load until the workers' own beats do."""
         decode = self._pool.get(plan.decode)
-        feeder = self._pool.get(plan.source) if plan.source is not None and plan.source_prefills else None
+        feeder = self._pool.get(plan.source) if plan.source is not None else None
         if decode is not None:
             decode.assign(request, 0 if feeder is not None else plan.computed_tokens, now)
         if feeder is not None:

@@ -4,7 +4,7 @@ Every decode worker is an option, in one of two ways, and the option with the le
 
     here      cost = wait + g x (LAMBDA + live)             the prompt's remainder is computed where it is
     decoded remote    cost = wait + wait_P + LAMBDA x g_P + moved   a prefill worker computes it, the blocks
-    travel; what another worker has of the prompt's beginning travels to the prefill worker first
+    travel; what other workers have of the prompt's beginning travels to the prefill worker first
 
 `g` is the time to compute the uncached tokens, `live` the requests on the worker that this delays: own wait
 plus the delay of others, "join with minimum marginal delay". LAMBDA weighs the time against queues: with it,
@@ -44,9 +44,11 @@ SHORT_TOKENS = 64
 a worker that computes only such remainders measures a speed that is all overhead)."""
 BUSY_KV_SHARE = 0.6
 """A decode worker whose pages are used beyond this takes no long prompts over from a busy prefill pool."""
+MAX_HOLDERS = 4
+"""Workers that one worker is told to fetch from: more would share what a few bring as soon, and each is a transfer."""
 RECOMPUTE_TOKENS = 2048
-"""Tokens that a decode worker computes itself when blocks do not arrive; above it the request is routed
-anew."""
+"""Tokens that a decode worker computes itself when blocks do not arrive, beside those that it was to compute anyway;
+above it the request is routed anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +86,12 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
-class History:
-    """The beginning of a prompt, of the turns before, where another worker has it."""
+class Resident:
+    """A worker that has the beginning of a prompt."""
 
-    holder: Place
+    place: Place
     tokens: int
+    live: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +100,17 @@ class Plan:
 
     decode: Place
     source: Place | None
-    source_prefills: bool
+    """The prefill worker, if one is used."""
+    holders: tuple[Resident, ...]
+    """Others from which the decode worker fetches."""
     recompute_limit: int
     uncached_tokens: int
     """On the decode worker."""
     computed_tokens: int
     """By the worker that computes the prompt's remainder."""
     cost_s: float
-    history: History | None = None
-    """What the prefill worker first fetches."""
+    history: tuple[Resident, ...] = ()
+    """From whom the prefill worker first fetches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +151,7 @@ class _Feed:
     """A prefill worker as it would serve one decode worker."""
 
     worker: Candidate
-    history: History | None
+    history: tuple[Resident, ...]
     work: int
     """Tokens that it computes."""
     fetch_s: float
@@ -194,28 +199,37 @@ def _plan(ask: _Ask, decode: Candidate, feeder: Candidate | None, here_only: boo
     if feed is not None and not _stays(ask, decode, feed, remainder):
         worker = feed.worker
         cost = base + ask.wait(worker) + LAMBDA * (feed.fetch_s + ask.seconds(feed.work, worker)) + ask.moved(decode)
-        return Plan(decode.place, worker.place, True, RECOMPUTE_TOKENS, uncached, feed.work, cost, feed.history)
+        holders = tuple([r for r in _residents(ask, decode) if r.place != worker.place])
+        return Plan(decode.place, worker.place, holders, RECOMPUTE_TOKENS, uncached, feed.work, cost, feed.history)
     cost = base + ask.seconds(remainder, decode) * (LAMBDA + decode.live)
     if holder is None:
-        return Plan(decode.place, None, False, ask.tokens, uncached, remainder, cost)
-    limit = ask.tokens if feeder is None else RECOMPUTE_TOKENS
+        return Plan(decode.place, None, (), ask.tokens, uncached, remainder, cost)
+    limit = ask.tokens if feeder is None else remainder + RECOMPUTE_TOKENS
     cost += LAMBDA * (HANDOFF_S + ask.moved(decode))  # it occupies the holder and a second cache
-    return Plan(decode.place, holder.place, False, limit, uncached, remainder, cost)
+    return Plan(decode.place, None, _residents(ask, decode), limit, uncached, remainder, cost)
 
 
 def _feed(ask: _Ask, decode: Candidate, feeder: Candidate) -> _Feed:
-    """What another worker has of the turns before, best the decode worker, is fetched from it."""
-    best = max(ask.workers, key=lambda w: (w.cached_tokens, w is decode, -w.owed_tokens, w.place))
+    """What others have of the turns before, best the decode worker, is fetched from them."""
+    best = max(ask.workers, key=lambda w: w.cached_tokens)
     gain = best.cached_tokens - feeder.cached_tokens
     if not ask.pays(gain, feeder):
-        return _Feed(feeder, None, ask.uncached(feeder), 0.0)
-    return _Feed(feeder, History(best.place, best.cached_tokens), ask.uncached(best), ask.fetch(gain))
+        return _Feed(feeder, (), ask.uncached(feeder), 0.0)
+    return _Feed(feeder, _residents(ask, feeder, decode), ask.uncached(best), ask.fetch(gain))
 
 
 def _holder(ask: _Ask, decode: Candidate) -> Candidate | None:
     """Another worker that holds so much more of the prefix that fetching it beats computing it."""
-    best = max(ask.workers, key=lambda w: (w.cached_tokens, -w.owed_tokens, w.place))
+    best = max(ask.workers, key=lambda w: w.cached_tokens)
     return best if ask.pays(best.cached_tokens - decode.cached_tokens, decode) else None
+
+
+def _residents(ask: _Ask, fetcher: Candidate, best: Candidate | None = None) -> tuple[Resident, ...]:
+    """Those that have enough more than `fetcher` to be asked for it: who has most first, and of equals `best`."""
+    worth = fetcher.cached_tokens + max(1, ask.policy.fetch_above)
+    found = [w for w in ask.workers if w.cached_tokens >= worth]
+    found.sort(key=lambda w: (-w.cached_tokens, w is not best, w.owed_tokens, w.place))
+    return tuple([Resident(w.place, w.cached_tokens, w.live) for w in found[:MAX_HOLDERS]])
 
 
 def _stays(ask: _Ask, decode: Candidate, feed: _Feed, remainder: int) -> bool:

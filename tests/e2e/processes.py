@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from openai import OpenAI
 
@@ -65,11 +66,26 @@ def fetch(url: str) -> tuple[int, str]:
 
 def sample(url: str, name: str, **labels: str) -> float:
     """A sample of a process's /metrics; NaN while it does not answer."""
-    for line in fetch(f"{url}/metrics")[1].splitlines():
+    return sample_of(fetch(f"{url}/metrics")[1], name, **labels)
+
+
+def sample_of(page: str, name: str, **labels: str) -> float:
+    """NaN: it is not there."""
+    for line in page.splitlines():
         found = re.match(rf"{re.escape(name)}(?:\{{(.*)\}})? (\S+)", line)
         if found and all(f'{k}="{v}"' in (found[1] or "") for k, v in labels.items()):
             return float(found[2])
     return float("nan")
+
+
+class Process(Protocol):
+    """What is asked of a worker's process; `Popen` has it."""
+
+    def send_signal(self, number: int, /) -> None: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
 
 
 @dataclass(slots=True)
@@ -77,14 +93,23 @@ class Worker:
     name: str
     role: str
     metrics_port: int
-    process: subprocess.Popen[bytes]
+    process: Process
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.metrics_port}"
 
     def metric(self, name: str, **labels: str) -> float:
-        return sample(f"http://127.0.0.1:{self.metrics_port}", name, **labels)
+        return sample(self.url, name, **labels)
+
+    @property
+    def state(self) -> dict[str, float]:
+        """What it holds, by what holds it."""
+        return _state(fetch(f"{self.url}/metrics")[1])
 
     @property
     def registered(self) -> bool:
-        status, text = fetch(f"http://127.0.0.1:{self.metrics_port}/health")
+        status, text = fetch(f"{self.url}/health")
         return status == 200 and json.loads(text)["proxies"] > 0
 
 
@@ -124,12 +149,9 @@ class Deployment:
 
     def start_worker(self, role: str, name: str, *flags: str) -> Worker:
         port = free_port()
-        module = "prefill" if role == "prefill" else "decode"
-        arguments = [str(self.model), "--role", role, "--worker-id", name]
-        kv = "tcp://127.0.0.1:0" if self.keys else self._ipc(f"{name}-{port}.kv")
-        arguments += ["--proxy", self.control, "--kv-bind", kv, *self._keys()]
+        arguments = [str(self.model), "--role", role, "--worker-id", name, *self._addresses(name, port), *self._keys()]
         arguments += ["--metrics-bind", f"127.0.0.1:{port}", "--store", self.store, "--threads", "1"]
-        process = self._spawn(module, [*arguments, *self.flags, *flags], name)
+        process = self._start_worker(role, [*arguments, *self.flags, *flags], name)
         self.workers[name] = Worker(name, role, port, process)
         return self.workers[name]
 
@@ -158,25 +180,32 @@ class Deployment:
                 for choice in event.choices:
                     yield choice.text
 
-    def assert_quiet(self) -> None:
+    def assert_quiet(self, timeout: float = 20) -> None:
         """Nothing is left anywhere: no request, hold, transfer; free + cached = total on every worker."""
         for name in ("kvmesh_choices_live", "kvmesh_choices_waiting"):
-            wait_until(lambda n=name: sample(self.url, n) == 0, f"no {name}", 20)  # type: ignore[misc]
+            wait_until(lambda n=name: sample(self.url, n) == 0, f"no {name}", timeout)  # type: ignore[misc]
         for worker in self.workers.values():
-            wait_until(lambda w=worker: _quiet(w), lambda w=worker: f"{w.name}: {_state(w)}", 20)  # type: ignore[misc]
+            wait_until(lambda w=worker: _quiet(w), lambda w=worker: f"{w.name}: {w.state}", timeout)  # type: ignore[misc]
 
     def stop(self) -> None:
         if self._client is not None:
             self._client.close()
-        processes = [w.process for w in self.workers.values()] + ([self.proxy] if self.proxy else [])
+        processes = [*[w.process for w in self.workers.values()], *([self.proxy] if self.proxy else [])]
         for process in processes:
-            process.terminate()
+            process.send_signal(signal.SIGTERM)
         for process in processes:
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
-                process.kill()
+                process.send_signal(signal.SIGKILL)
                 process.wait()
+
+    def _start_worker(self, role: str, arguments: list[str], name: str) -> Process:
+        return self._spawn("prefill" if role == "prefill" else "decode", arguments, name)
+
+    def _addresses(self, name: str, port: int) -> list[str]:
+        kv = "tcp://127.0.0.1:0" if self.keys else self._ipc(f"{name}-{port}.kv")
+        return ["--proxy", self.control, "--kv-bind", kv]
 
     def _keys(self) -> list[str]:
         return ["--keys", str(self.keys)] if self.keys else []
@@ -204,18 +233,20 @@ STATES = {
     "fetches": ("kvmesh_kv_open", {"what": "fetching"}),
     "served": ("kvmesh_kv_open", {"what": "serving"}),
     "streams": ("kvmesh_kv_open", {"what": "streams"}),
+    "slots": ("kvmesh_kv_open", {"what": "slots"}),
+    "attempts": ("kvmesh_open_attempts", {}),
 }
 
 
-def _state(worker: Worker) -> dict[str, float]:
-    return {key: worker.metric(name, **labels) for key, (name, labels) in STATES.items()}
+def _state(page: str) -> dict[str, float]:
+    return {key: sample_of(page, name, **labels) for key, (name, labels) in STATES.items()}
 
 
 def _quiet(worker: Worker) -> bool:
-    _, text = fetch(f"http://127.0.0.1:{worker.metrics_port}/metrics")
-    total = re.search(r'num_gpu_blocks="(\d+)"', text)
-    free, cached = (worker.metric("kvmesh_kv_blocks", state=s) for s in ("free", "cached"))
-    return all(v == 0 for v in _state(worker).values()) and total is not None and free + cached == int(total[1])
+    _, page = fetch(f"{worker.url}/metrics")
+    total = re.search(r'num_gpu_blocks="(\d+)"', page)
+    free, cached = (sample_of(page, "kvmesh_kv_blocks", state=s) for s in ("free", "cached"))
+    return all(v == 0 for v in _state(page).values()) and total is not None and free + cached == int(total[1])
 
 
 @contextmanager

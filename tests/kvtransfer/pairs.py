@@ -169,6 +169,7 @@ def make_side(
         exchange=exchange,
         wrap=wrap,
         keys=keys,
+        device="cuda" if route == "cuda" else "cpu",
     )
     return Side(endpoint)
 

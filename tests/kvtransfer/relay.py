@@ -50,6 +50,18 @@ class Frame:
         return bytes((self.flags & ~LONG, len(self.body))) + self.body
 
 
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """What becomes of one message."""
+
+    kind: str
+    """Of the fault, or nothing."""
+    out: bytes
+    """To be sent."""
+    wait_s: float | None
+    """Before that; None: for ever."""
+
+
 class Faults:
     """What is done to the messages of one direction, and how often it was."""
 
@@ -61,16 +73,20 @@ class Faults:
         self._held: bytes | None = None
         """A message that will follow the next."""
 
-    def apply(self, frames: list[Frame]) -> tuple[str, bytes]:
-        """The fault's kind, or nothing, and the bytes to send now."""
-        kind = ""
-        if sum(len(f.body) for f in frames) > SPARED_BYTES and self._chance.random() < self._rate:
-            kind = self._chance.choice(self._kinds)
-            kind = "" if kind == SWAP and self._held is not None else kind
-            self.done.update([kind] if kind else [])
+    def choose(self, frames: list[Frame]) -> tuple[str, float | None]:
+        """The kind of the fault that this message suffers, or nothing, and how long it waits; None: for ever."""
+        if sum(len(f.body) for f in frames) <= SPARED_BYTES or self._chance.random() >= self._rate:
+            return "", 0.0
+        kind = self._chance.choice(self._kinds)
+        kind = "" if kind == SWAP and self._held is not None else kind
+        return kind, {DELAY: DELAY_S, STALL: None}.get(kind, 0.0)
+
+    def apply(self, frames: list[Frame]) -> Hit:
+        kind, wait_s = self.choose(frames)
+        self.done.update([kind] if kind else [])
         if kind == SWAP:
             self._held = b"".join(f.encoded() for f in frames)
-            return kind, b""
+            return Hit(kind, b"", wait_s)
         if kind == FLIP:
             body = self._body(frames)
             body[self._chance.randrange(len(body))] ^= 1 << self._chance.randrange(8)
@@ -85,18 +101,20 @@ class Faults:
             damaged[self._chance.randrange(min(12, len(damaged)))] ^= 1 << self._chance.randrange(8)
             out = bytes(damaged)
         held, self._held = self._held, None
-        return kind, out + (held or b"")
+        return Hit(kind, out + (held or b""), wait_s)
 
     def _body(self, frames: list[Frame]) -> bytearray:
         return self._chance.choice([f.body for f in frames if f.body])
 
 
 class Relay:
-    """Listens on loopback and forwards to `port` there; what comes back from there suffers the faults."""
+    """Listens on loopback and forwards to `port` there; what comes back from there suffers `faults`, and what is said
+    to it `outward`."""
 
-    def __init__(self, port: int, faults: Faults) -> None:
+    def __init__(self, port: int, faults: Faults, outward: Faults | None = None) -> None:
         self._target = port
         self._faults = faults
+        self._outward = outward or Faults((), 0, rate=0.0)
         self._stopped = threading.Event()
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -105,7 +123,7 @@ class Relay:
         self.port: int = self._listener.getsockname()[1]
         self._start(self._accept)
 
-    def _start(self, body: Callable[..., None], *args: socket.socket) -> None:
+    def _start(self, body: Callable[..., None], *args: socket.socket | Faults) -> None:
         thread = threading.Thread(target=body, args=args, daemon=True)
         self._threads.append(thread)
         thread.start()
@@ -124,19 +142,13 @@ class Relay:
                 near.close()
                 continue
             near.settimeout(None)
+            for end in (near, far):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._sockets += [near, far]
-            self._start(self._forward, near, far)
-            self._start(self._damage, far, near)
+            self._start(self._forward, near, far, self._outward)
+            self._start(self._forward, far, near, self._faults)
 
-    def _forward(self, source: socket.socket, target: socket.socket) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                target.sendall(data)
-        except OSError:
-            pass
-        _end(source, target)
-
-    def _damage(self, source: socket.socket, target: socket.socket) -> None:
+    def _forward(self, source: socket.socket, target: socket.socket, faults: Faults) -> None:
         try:
             with source.makefile("rb") as stream:
                 for _ in range(GREETING_BYTES):  # piecemeal: each side waits for the other's before it goes on
@@ -145,15 +157,13 @@ class Relay:
                     if frames[0].flags & COMMAND:
                         target.sendall(frames[0].encoded())
                         continue
-                    kind, out = self._faults.apply(frames)
-                    if kind == DELAY:
-                        self._stopped.wait(DELAY_S)
-                    elif kind == STALL:
-                        self._stopped.wait()
-                    elif kind == RESET:
+                    hit = faults.apply(frames)
+                    if hit.kind == RESET:
                         target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                         break
-                    target.sendall(out)
+                    if hit.wait_s != 0.0:
+                        self._stopped.wait(hit.wait_s)
+                    target.sendall(hit.out)
         except OSError:
             pass
         _end(source, target)

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from kvtransfer import doctor
+from kvtransfer import doctor, pairing
 from kvtransfer.doctor import Finding, Link, which
 from mesh.errors import EXIT_ENVIRONMENT
 from mesh.keys import create
+from mesh.settings import DoctorSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,6 +51,10 @@ def states(findings: list[Finding]) -> list[str]:
     return [finding.state for finding in findings]
 
 
+def links(*broken: str) -> list[Link]:
+    return [Link(r, 0.0 if r in broken else 1.0, 0.5, "broken" if r in broken else "") for r in ("copy", *doctor.WHAT)]
+
+
 @pytest.mark.parametrize(
     ("broken", "sealed", "expected"),
     [
@@ -57,12 +62,52 @@ def states(findings: list[Finding]) -> list[str]:
         ((), False, ["ok", "ok", "note"]),
         (("shm",), True, ["note", "ok", "ok"]),
         (("shm", "zmq-ipc"), True, ["fail", "ok", "ok"]),
+        (("zmq-tcp",), True, ["ok", "fail", "ok"]),
         (("zmq-aes",), True, ["ok", "ok", "fail"]),
     ],
 )
 def test_a_pair_uses_the_best_link_that_works(broken: tuple[str, ...], sealed: bool, expected: list[str]) -> None:
-    links = [Link(route, 0.0 if route in broken else 1.0, 0.5) for route in ("copy", *doctor.WHAT)]
-    assert states(which(links, sealed=sealed)) == expected
+    settings = DoctorSettings(keys="keys" if sealed else "")
+    assert states(which(links(*broken), settings)) == expected
+
+
+def said(settings: DoctorSettings, *broken: str) -> list[str]:
+    return [finding.text for finding in which(links(*broken), settings)]
+
+
+def test_every_better_transport_is_named_with_what_is_against_it() -> None:
+    here, apart, far = said(DoctorSettings(keys="keys"))
+    assert here == "same host: shared memory (shm); not cuda: it is for workers on CUDA devices"
+    assert apart.startswith(
+        "containers of one host: ZeroMQ (zmq); not cuda: it is for workers on CUDA devices; not shm: they do"
+    )
+    assert far.startswith("other hosts: ZeroMQ (zmq), sealed with AES-256-GCM; not cuda: ")
+    assert "not nccl: it is for workers on CUDA devices" in far
+
+
+def test_a_better_transport_that_is_broken_or_not_asked_for_says_so() -> None:
+    assert (
+        "ZeroMQ (zmq); not cuda: it is for workers on CUDA devices; not shm: broken" in said(DoctorSettings(), "shm")[0]
+    )
+    assert "not shm: --transport prefers another" in said(DoctorSettings(transport="zmq,shm"))[0]
+    assert "not shm: --transport does not name it" in said(DoctorSettings(transport="zmq"))[0]
+    assert said(DoctorSettings())[2].startswith("other hosts: none")
+
+
+def test_workers_on_devices_use_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairing, "unfit", lambda name, device: "")
+    on_devices = DoctorSettings(transport="cuda,nccl,zmq", device="cuda", keys="keys")
+    here, _, far = said(on_devices)
+    assert here == "same host: CUDA device memory (cuda)"
+    assert far.startswith("other hosts: NCCL (nccl); not cuda: they share no memory; not shm:")
+    here, _, far = said(DoctorSettings(device="cuda", keys="keys"))
+    assert here == "same host: shared memory (shm); not cuda: --transport does not name it"
+    assert far.endswith("not nccl: --transport does not name it")
+
+
+def test_only_links_that_can_be_tried_are() -> None:
+    assert doctor.routes(DoctorSettings()) == ["shm", "zmq-ipc", "zmq-tcp", "zmq-aes"]
+    assert doctor.routes(DoctorSettings(transport="gloo,zmq"))[-1] == "gloo"
 
 
 def test_a_link_that_does_not_work_is_told_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +117,6 @@ def test_a_link_that_does_not_work_is_told_and_the_others_are_measured(monkeypat
         return [0.5]
 
     monkeypatch.setattr(doctor, "link_times", times)
-    found = {link.route: link for link in doctor.measure(1)}
+    found = {link.route: link for link in doctor.measure(1, ["shm", "zmq-tcp"])}
     assert (found["shm"].gb_per_s, found["shm"].failure) == (0.0, "the blocks went by zmq")
     assert found["zmq-tcp"].gb_per_s > 0

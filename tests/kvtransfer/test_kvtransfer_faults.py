@@ -16,7 +16,7 @@ from kvtransfer.endpoint import FetchEnded, KvEndpoint, StreamReleased, WantedCh
 from kvtransfer.integrity import seal, unseal
 from kvtransfer.messages import Blocks, Fetch, Offer, Place, Renew, SlotsReturned, Standing
 from kvtransfer.protocol import ANSWER_S, MAX_INDEX
-from kvtransfer.transports.base import Payload, Posted, Transport, TransportFault
+from kvtransfer.transports.base import Landing, Payload, Posted, Transport, TransportFault
 from mesh.errors import EXIT_PORT, EXIT_USAGE, StartupError
 from mesh.keys import Keys
 from mesh.layout import KvLayout
@@ -61,12 +61,12 @@ class Damaging:
         self.name = inner.name
         self.scope = inner.scope
 
-    def post(self, parts: Sequence[Payload]) -> Posted | None:
-        return self.inner.post(parts)
+    def post(self, parts: Sequence[Payload], link: bytes) -> Posted | None:
+        return self.inner.post(parts, link)
 
-    def take(self, place: Place, size: int, frame: Payload | None) -> Payload:
+    def take(self, place: Place, size: int, frame: Payload | None) -> Payload | Landing:
         payload = self.inner.take(place, size, frame)
-        if self.damage.times == 0:
+        if self.damage.times == 0 or not isinstance(payload, bytes | memoryview):
             return payload
         self.damage.times -= 1
         if self.damage.fails:
@@ -75,6 +75,9 @@ class Damaging:
         for at in range(5, len(damaged), self.damage.stride):
             damaged[at] ^= 0x10
         return bytes(damaged)
+
+    def skip(self, place: Place, size: int) -> None:
+        self.inner.skip(place, size)
 
     def reclaim(self, slot: int, seq: int) -> None:
         self.inner.reclaim(slot, seq)

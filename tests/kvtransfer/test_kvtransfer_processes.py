@@ -58,7 +58,7 @@ def fetching_pair(folder: Path, route: str) -> Iterator[Pair]:
         context.term()
 
 
-@pytest.mark.parametrize("route", ["shm", "zmq-tcp"])
+@pytest.mark.parametrize("route", ["shm", "zmq-tcp", "gloo"])
 def test_blocks_between_two_processes_and_the_death_of_the_holder(tmp_path: Path, route: str) -> None:
     with holder_process(tmp_path, route) as (process, peer), fetching_pair(tmp_path, route) as pair:
         pair.fetcher.endpoint.fetch(T, 1, peer, "", wanted(range(60)), 60)

@@ -94,7 +94,7 @@ def test_a_damaged_message_is_fetched_again(tmp_path: Path, keys: Keys) -> None:
     """The relay damages the first message with blocks and no other."""
 
     class Once(Faults):
-        def apply(self, frames: list[relay.Frame]) -> tuple[str, bytes]:
+        def apply(self, frames: list[relay.Frame]) -> relay.Hit:
             self._rate = 1.0 if not self.done else 0.0
             return super().apply(frames)
 

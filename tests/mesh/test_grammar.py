@@ -64,5 +64,5 @@ def test_an_error_is_one_line_without_the_compilers_state(grammar: str, message:
 
 def test_the_largest_grammar_travels() -> None:
     params = SamplingParams(max_tokens=1, grammar="é" * (MAX_GRAMMAR_BYTES // 2))
-    message = Decode("r", 1, (1,), 1, params, b"", 1.0, None, False, 0)
+    message = Decode("r", 1, (1,), 1, params, b"", 1.0, None, (), 0)
     assert decode(encode(message, 1)).message == message

@@ -1,4 +1,4 @@
-"""The layer table of docs/architecture.md, over the syntax tree of every package."""
+"""The layer table of docs/architecture.md and the purity of its protocols, over the syntax tree of every package."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 NO_TORCH = ("mesh", "proxy")
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve"}
+CORES = (
+    *("kvtransfer.fetching", "kvtransfer.holding", "kvtransfer.protocol"),
+    *("proxy.lifecycle", "proxy.routing.pool", "mesh.lifecycle"),
+)
+"""The protocols, with their parts of the same name: pure functions of state, event and time."""
+WORLD = {"time", "random", "secrets", "asyncio", "threading", "socket", "zmq", "torch"}
+"""What a pure function does not know."""
 PICKLING_CALLS = {"send_pyobj", "recv_pyobj", "broadcast_object_list", "all_gather_object"}
 
 
@@ -117,6 +124,22 @@ def import_graph() -> dict[str, list[str]]:
     return {m: [name for name in s.imports if name in SOURCES and name != m] for m, s in SOURCES.items()}
 
 
+def reached(module: str, graph: dict[str, list[str]]) -> set[str]:
+    """What importing `module` imports of ours: itself, its packages, and theirs."""
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in graph and name not in found:
+            found.add(name)
+            waiting += [*graph[name], name.rpartition(".")[0]]
+    return found
+
+
+def worldly(s: Source) -> list[str]:
+    return [f"{s.module}:{line} imports {name}" for name, line in s.imports.items() if name.split(".")[0] in WORLD]
+
+
 def parsed(package: str, code: str) -> Source:
     return Source(f"{package}.x", package, False, ast.parse(code))
 
@@ -138,6 +161,27 @@ def test_nothing_pickles() -> None:
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     assert cycle(import_graph()) == []
+
+
+@pytest.mark.parametrize("core", [m for m in SOURCES if m.startswith(CORES)])
+def test_a_protocol_knows_no_clock_no_chance_and_no_socket(core: str) -> None:
+    modules = reached(core, import_graph())
+    assert core in modules
+    assert [wrong for m in sorted(modules) for wrong in worldly(SOURCES[m])] == []
+
+
+def test_every_protocol_is_looked_at() -> None:
+    assert all(any(m.startswith(core) for m in SOURCES) for core in CORES)
+
+
+def test_what_a_module_reaches_is_found() -> None:
+    graph = {"a.b": ["c.d"], "c.d": ["e"], "e": ["c.d"], "a": ["f"], "f": [], "c": [], "g": []}
+    assert reached("a.b", graph) == {"a.b", "c.d", "e", "a", "f", "c"}
+    around = reached("worker.process", import_graph())
+    assert {"time", "zmq"} <= {name.split(".")[0] for m in around for name in SOURCES[m].imports}
+    assert worldly(parsed("mesh", "from time import monotonic"))
+    assert worldly(parsed("mesh", "import torch.nn"))
+    assert not worldly(parsed("mesh", "import json"))
 
 
 @pytest.mark.parametrize(

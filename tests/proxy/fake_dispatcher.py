@@ -19,6 +19,7 @@ REPORT = PrefillReport(
     transfer_s=0.0,
     transfer_bytes=0,
     overlap_bytes=0,
+    reused_tokens=3,
 )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import struct
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +13,14 @@ from typing import Any
 import pytest
 import zmq
 
+from mesh import heartbeats
 from mesh.errors import EXIT_USAGE, StartupError
 from mesh.keys import PROXY, WORKER, Keys, create, load
-from mesh.messages import Welcome, WorkerInfo
+from mesh.messages import ProxyBeat, Welcome, WorkerInfo
 from proxy.control import ControlSocket
 from proxy.routing.place import Place
+from tests.faults.links import Strikes
+from tests.kvtransfer.relay import CUT, FLIP, LONG, REPEAT, RESET, Faults, Frame, Hit, Relay
 from tests.worker.role_fakes import info
 from worker.links import ProxyLink
 
@@ -115,7 +120,7 @@ def test_who_gets_nothing_is_told_so(tmp_path: Path, caplog: pytest.LogCaptureFi
         }[kind]
         assert not await door.dial(keys, QUIET_ROUNDS)
         assert door.known.workers == []
-        assert "do not know each other's keys" in caplog.text
+        assert caplog.text.count("do not know each other's keys") == 1
         assert secret.decode() not in caplog.text
 
     run(tmp_path, body)
@@ -129,6 +134,78 @@ def test_a_dead_authenticator_lets_nobody_in(tmp_path: Path) -> None:
         assert door.known.workers == []
 
     run(tmp_path, body)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def is_survived(tmp_path: Path, heard: Faults, said: Faults, strike: Callable[[], None]) -> None:
+    """A worker that is connected through a relay is struck; it introduces itself again, and hears its proxy."""
+
+    async def body(door: Door) -> None:
+        relay = Relay(int(door.control.address.rsplit(":", 1)[1]), heard, said)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        link = ProxyLink(context, f"tcp://127.0.0.1:{relay.port}", info(), door.worker_keys)
+        place = Place(info().worker_id, info().incarnation)
+
+        def welcomed(times: int) -> bool:
+            now = time.monotonic()
+            link.reconnected(now)
+            link.tick(now)
+            link.send(ProxyBeat("any"))
+            link.flush()
+            door.control.send(place, ProxyBeat("proxy-0"))
+            return bool(list(link.receive())) and len(door.known.workers) >= times
+
+        try:
+            await until(lambda: welcomed(1))
+            strike()
+            before = len(door.known.workers)
+            await until(lambda: welcomed(before + 1))
+        finally:
+            link.close()
+            context.term()
+            relay.close()
+
+    run(tmp_path, body)
+
+
+@pytest.mark.parametrize("side", ["heard", "said"])
+@pytest.mark.parametrize("kind", [FLIP, CUT, REPEAT, RESET])
+def test_a_damaged_message_costs_one_connection_and_no_more(tmp_path: Path, kind: str, side: str) -> None:
+    """ZeroMQ gives a socket up that dialled and got what does not decrypt."""
+    sides = {"heard": Strikes(), "said": Strikes()}
+    is_survived(tmp_path, sides["heard"], sides["said"], lambda: sides[side].strike(kind, 1, 0.0))
+    assert sides[side].done == {kind: 1}
+
+
+class Endless(Faults):
+    """Says of one message that half a mebibyte more of it follows."""
+
+    def __init__(self) -> None:
+        super().__init__((), 0, rate=0.0)
+        self.due = False
+
+    def apply(self, frames: list[Frame]) -> Hit:
+        if not self.due:
+            return super().apply(frames)
+        self.due = False
+        body = frames[0].body
+        return Hit("endless", struct.pack(">BQ", frames[0].flags | LONG, len(body) + (1 << 19)) + body, 0.0)
+
+
+@pytest.mark.parametrize("side", ["heard", "said"])
+def test_an_end_that_waits_for_the_rest_of_a_frame_hangs_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    """All that follows is taken for that frame, in both directions nothing fails, and both sides go on sending."""
+    monkeypatch.setattr(heartbeats, "EVERY_MS", 100)
+    monkeypatch.setattr(heartbeats, "TIMEOUT_MS", 400)
+    sides = {"heard": Endless(), "said": Endless()}
+    is_survived(tmp_path, sides["heard"], sides["said"], lambda: setattr(sides[side], "due", True))
+    assert not sides[side].due
 
 
 @pytest.mark.parametrize("address", ["tcp://10.1.2.3:7400", "tcp://*:7400", "tcp://a.example:7400"])

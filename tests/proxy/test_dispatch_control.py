@@ -351,7 +351,7 @@ class AutoWorker:
                 range(len(message.tokens) - message.num_prompt_tokens)
             )
             given = len(message.tokens) - message.num_prompt_tokens
-            self._jobs[message.request_id] = (message, given + message.source_prefills * self._rng.randint(0, 1))
+            self._jobs[message.request_id] = (message, given + (message.source is not None) * self._rng.randint(0, 1))
 
     def step(self) -> None:
         for request_id, (job, index) in list(self._jobs.items()):

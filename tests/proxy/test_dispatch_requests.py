@@ -10,11 +10,11 @@ import pytest
 
 from mesh import blockhash
 from mesh.errors import RequestError
-from mesh.messages import Abort, BlockEvents, Decode, Goodbye, Prefill, PrefillReport
+from mesh.messages import Abort, BlockEvents, Decode, Goodbye, KvHolder, Peer, Prefill, PrefillReport
 from proxy.routing.admission import RETRY_FLOOR
 from tests.proxy.fake_worker import LAYOUT, FakeWorker, collect, request, running, tokens_of
 
-REPORT = PrefillReport(2, 0, 1, 0.0, 0.0, 0.0, 0, 0)
+REPORT = PrefillReport(0, 2, 1, 0.0, 0.0, 0.0, 0, 0, 2)
 
 
 def test_a_prompt_is_computed_and_decoded_by_one_worker(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_a_prompt_is_computed_and_decoded_by_one_worker(tmp_path: Path) -> None:
             generation = mesh.dispatcher.submit(request(seed=5))
             job = await decode.expect(Decode)
             assert (job.request_id, job.attempt, job.tokens, job.num_prompt_tokens) == ("r", 1, (1, 2, 3), 3)
-            assert (job.source, job.source_prefills, job.params.seed) == (None, False, 5)
+            assert (job.source, job.holders, job.params.seed) == (None, (), 5)
             assert 59 < job.deadline_s <= 60
             decode.tokens(job, 0, [7], report=REPORT)
             decode.tokens(job, 1, [8, 9], finish="stop")
@@ -44,11 +44,10 @@ def test_a_long_prompt_goes_through_both_pools(tmp_path: Path) -> None:
             decode = await mesh.worker("d0", "decode")
             generation = mesh.dispatcher.submit(request(tokens=range(50)))
             first, second = await prefill.expect(Prefill), await decode.expect(Decode)
-            assert first.history is None
+            assert (first.holders, second.holders) == ((), ())
             assert second.source is not None
             assert second.source.worker_id == "p0"
             assert second.source.kv_address == prefill.info.kv_address
-            assert second.source_prefills
             same = ("request_id", "attempt", "tokens", "num_prompt_tokens", "params", "hash_root")
             assert all(getattr(first, name) == getattr(second, name) for name in same)
             assert first.hash_root == blockhash.root(b"digest", LAYOUT)
@@ -59,6 +58,10 @@ def test_a_long_prompt_goes_through_both_pools(tmp_path: Path) -> None:
             assert generation.route.prefill == "p0"
 
     asyncio.run(scenario())
+
+
+def peer(worker: FakeWorker) -> Peer:
+    return Peer(worker.info.worker_id, worker.info.incarnation, worker.info.kv_address, worker.info.host)
 
 
 def test_a_prefill_worker_hears_what_the_decode_worker_has_of_the_turns_before(tmp_path: Path) -> None:
@@ -72,10 +75,28 @@ def test_a_prefill_worker_hears_what_the_decode_worker_has_of_the_turns_before(t
             await mesh.until(lambda: len(mesh.index) == 300)
             mesh.dispatcher.submit(request(tokens=tokens))
             first = await prefill.expect(Prefill)
-            assert first.history is not None
-            assert (first.history.worker_id, first.history.kv_address) == ("d0", decode.info.kv_address)
-            assert first.history_tokens == 300 * LAYOUT.block_tokens
-            assert (await decode.expect(Decode)).source_prefills
+            assert first.holders == (KvHolder(peer(decode), 300 * LAYOUT.block_tokens, 0),)
+            second = await decode.expect(Decode)
+            assert second.source is not None
+            assert (second.source.worker_id, second.holders) == ("p0", ())
+
+    asyncio.run(scenario())
+
+
+def test_both_workers_hear_who_else_has_the_prompts_beginning(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            prefill = await mesh.worker("p0", "prefill")
+            full = await mesh.worker("d1", "decode", max_num_seqs=0)
+            decode = await mesh.worker("d0", "decode", total_blocks=1000)
+            tokens, root = tuple(range(2000)), blockhash.root(b"digest", LAYOUT)
+            held = blockhash.chain(root, tokens, LAYOUT.block_tokens)[:300]
+            full.send(BlockEvents(1, True, tuple(held), ()))
+            await mesh.until(lambda: len(mesh.index) == 300)
+            mesh.dispatcher.submit(request(tokens=tokens))
+            told = (KvHolder(peer(full), 300 * LAYOUT.block_tokens, 0),)
+            assert (await prefill.expect(Prefill)).holders == told
+            assert (await decode.expect(Decode)).holders == told
 
     asyncio.run(scenario())
 
@@ -160,6 +181,21 @@ def test_the_retry_budget_delays_and_does_not_fail(tmp_path: Path) -> None:
             mesh.clock.now += 11
             await mesh.until(lambda: len(second) > allowed)
             assert mesh.dispatcher.live == 8
+
+    asyncio.run(scenario())
+
+
+def test_what_a_worker_hands_back_when_it_leaves_is_not_held_by_the_retry_budget(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            leaving = await mesh.worker("d0", "decode", step_bound_s=60.0)
+            for i in range(8):
+                mesh.dispatcher.submit(request(f"r{i}"))
+            jobs = [await leaving.expect(Decode) for _ in range(8)]
+            other = await mesh.worker("d1", "decode", step_bound_s=60.0)
+            for job in jobs:
+                leaving.refuse(job, "draining")
+            assert {(await other.expect(Decode)).request_id for _ in jobs} == {f"r{i}" for i in range(8)}
 
     asyncio.run(scenario())
 
@@ -430,7 +466,8 @@ def test_a_worker_that_says_it_is_draining_is_not_asked_again(tmp_path: Path) ->
             assert (await workers["d1"].expect(Decode)).attempt == 2
             mesh.dispatcher.submit(request("b"))
             assert (await workers["d1"].expect(Decode)).request_id == "b"
-            assert workers["d0"].inbox == [Abort("a", 1, "refused")]
+            assert await workers["d0"].expect(Abort) == Abort("a", 1, "lost")
+            assert not workers["d0"].inbox
 
     asyncio.run(scenario())
 

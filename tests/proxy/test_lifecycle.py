@@ -39,7 +39,7 @@ from proxy.routing.place import Place
 
 P, P2 = Place("p0", 1), Place("p1", 1)
 D, D2 = Place("d0", 1), Place("d1", 1)
-REPORT = PrefillReport(3, 0, 5, 0.0, 0.0, 0.0, 0, 0)
+REPORT = PrefillReport(3, 0, 5, 0.0, 0.0, 0.0, 0, 0, 3)
 
 
 def delta(
@@ -63,7 +63,7 @@ def run(*events: Event, max_tokens: int = 100, now: float = 0.0) -> tuple[Choice
 
 
 def assigned(source: Place | None = P) -> Routed:
-    return Routed(D, source, source is not None)
+    return Routed(D, source, frozenset())
 
 
 def emits(effects: Sequence[Effect]) -> list[tuple[int, tuple[int, ...], str | None]]:
@@ -91,7 +91,7 @@ def test_states_are_values() -> None:
 def test_a_new_choice_asks_for_workers_and_assigns_them() -> None:
     assert run()[1] == (NeedRoute(frozenset(), ""),)
     state, effects = run(assigned())
-    assert effects == (Assign(1, D, P, True),)
+    assert effects == (Assign(1, D, P),)
     assert state.phase is Phase.ASSIGNED
 
 
@@ -146,13 +146,13 @@ def test_a_worker_that_disagrees_with_what_the_client_has_is_replaced() -> None:
     state, effects = run(assigned(), Deltas(P, delta(0, [7])), Deltas(D, delta(0, [6, 5])))
     assert emits(effects) == []
     assert NeedRoute(frozenset(), "diverged") in effects
-    state, _ = step(state, Routed(D, None, False), 0.0)
+    state, _ = step(state, Routed(D, None, frozenset()), 0.0)
     assert state.attempt is not None
     assert state.attempt.first_index == 1
 
 
 def test_messages_of_older_attempts_and_other_workers_are_void() -> None:
-    state, _ = run(assigned(), WorkerLost(D), Routed(D2, P, True))
+    state, _ = run(assigned(), WorkerLost(D), Routed(D2, P, frozenset()))
     for event in (
         Deltas(D, delta(0, [1], attempt=1)),
         Deltas(D, delta(0, [1], attempt=2)),
@@ -167,8 +167,8 @@ def test_messages_of_older_attempts_and_other_workers_are_void() -> None:
 def test_losing_the_decode_worker_starts_an_attempt_from_the_journal() -> None:
     state, effects = run(assigned(), Deltas(P, delta(0, [7])), Deltas(D, delta(1, [8])), WorkerLost(D))
     assert effects == (SendAbort(P, 1, "lost"), SendAbort(D, 1, "lost"), NeedRoute(frozenset(), "lost"))
-    state, effects = step(state, Routed(D2, None, False), 0.0)
-    assert effects == (Assign(2, D2, None, False),)
+    state, effects = step(state, Routed(D2, None, frozenset()), 0.0)
+    assert effects == (Assign(2, D2, None),)
     assert state.journal.tokens() == (7, 8)
     _, effects = step(state, Deltas(D2, delta(2, [9], attempt=2, finish="stop")), 0.0)
     assert emits(effects) == [(2, (9,), "stop")]
@@ -189,7 +189,7 @@ def test_losing_the_prefill_worker_matters_while_its_token_is_missing() -> None:
 
 
 def test_a_mere_holder_of_blocks_is_not_told_to_abort() -> None:
-    _, effects = run(Routed(D, P, False), ClientGone("gone"))
+    _, effects = run(Routed(D, None, frozenset({P})), ClientGone("gone"))
     assert effects == (SendAbort(D, 1, "gone"),)
 
 
@@ -203,8 +203,15 @@ def test_a_retryable_refusal_excludes_the_worker_for_a_while() -> None:
 
 
 def test_missing_blocks_are_blamed_on_their_source() -> None:
-    _, effects = run(assigned(), WorkerRefused(D, 1, "blocks_missing", "", True))
-    assert effects[-1] == NeedRoute(frozenset({P}), "refused")
+    """It makes all of them, whoever else was said to have some; where there is none, those were wrongly said to."""
+    missing = WorkerRefused(D, 1, "blocks_missing", "", True)
+    assert run(Routed(D, P, frozenset({D2})), missing)[1][-1] == NeedRoute(frozenset({P}), "refused")
+    assert run(Routed(D, None, frozenset({D2, P2})), missing)[1][-1] == NeedRoute(frozenset({D2, P2}), "refused")
+
+
+def test_a_lost_holder_changes_nothing() -> None:
+    assert run(Routed(D, P, frozenset({D2})), WorkerLost(D2))[1] == ()
+    assert run(Routed(D, None, frozenset({D2})), WorkerLost(D2))[1] == ()
 
 
 @pytest.mark.parametrize(
@@ -225,15 +232,16 @@ def test_a_final_refusal_fails_the_choice(code: str, status: int, public: str) -
 
 
 def test_draining_workers_are_no_setback() -> None:
-    state, _ = run(assigned(), WorkerRefused(D, 1, "draining", "", True))
+    state, effects = run(assigned(), WorkerRefused(D, 1, "draining", "", True))
     assert state.setbacks == 0
+    assert NeedRoute(frozenset({D}), "lost") in effects
 
 
 def test_setbacks_are_bounded() -> None:
     events: list[Event] = []
     for attempt in range(lifecycle.MAX_SETBACKS):
         place = Place(f"d{attempt}", 1)
-        events += [Routed(place, None, False), Deltas(place, delta(attempt, [attempt], attempt=attempt + 1))]
+        events += [Routed(place, None, frozenset()), Deltas(place, delta(attempt, [attempt], attempt=attempt + 1))]
         events.append(WorkerLost(place))
     state, effects = run(*events[:-1])
     assert state.phase is Phase.STREAMING
@@ -355,13 +363,13 @@ class World:
         if self.rng.random() < 0.15:
             return NoRoute(self.rng.choice((Absence.RETURNING, Absence.HELD, Absence.RETURNING)))
         source = self.rng.choice((None, P, P2))
-        return Routed(self.rng.choice((D, D2)), source, source is not None and self.rng.random() < 0.8)
+        return Routed(self.rng.choice((D, D2)), source, frozenset(self.rng.choice(((), (P2,)))))
 
     def work(self, assign: Assign, given: int) -> None:
         """What the workers of an attempt will say, shuffled, repeated, cut short by faults."""
         events: list[Event] = []
         start = given
-        if assign.source is not None and assign.source_prefills:
+        if assign.source is not None:
             events += self.deltas(assign.source, assign.number, given, given + 1)
             start += self.rng.randint(0, 1)
         events += self.deltas(assign.decode, assign.number, start, self.max_tokens)

@@ -14,7 +14,7 @@ from proxy.routing import admission
 from proxy.routing.admission import RETRY_FLOOR, RETRY_WINDOW_S, RetryBudget
 from proxy.routing.place import Place
 from proxy.routing.pool import BEAT_TIMEOUT_S, MAX_STEP_BOUND_S, OPTIMISM_S, REVIVE_AFTER_S, WorkerPool
-from proxy.routing.router import RECOMPUTE_TOKENS, Candidate, History, Plan, Policy, cold_threshold, route
+from proxy.routing.router import RECOMPUTE_TOKENS, Candidate, Plan, Policy, Resident, cold_threshold, route
 from tests.proxy.fake_worker import IDLE, info
 
 BASE = Candidate(
@@ -54,7 +54,7 @@ def test_without_a_decode_worker_there_is_no_plan() -> None:
 
 def test_without_prefill_workers_the_prompt_is_computed_where_it_is_decoded() -> None:
     result = plan(100_000, decode("d0"))
-    assert (result.source, result.source_prefills) == (None, False)
+    assert (result.source, result.holders) == (None, ())
     assert result.recompute_limit >= 100_000
 
 
@@ -62,8 +62,7 @@ def test_without_prefill_workers_the_prompt_is_computed_where_it_is_decoded() ->
 def test_short_remainders_stay_while_speeds_are_unknown(tokens: int, remote: bool) -> None:
     assert cold_threshold(decode("d0")) == 128
     result = plan(tokens, decode("d0"), prefill("p0"))
-    assert result.source_prefills is remote
-    assert (result.source == Place("p0", 1)) is remote
+    assert result.source == (Place("p0", 1) if remote else None)
 
 
 def test_the_cold_threshold_is_bounded_for_large_steps() -> None:
@@ -74,7 +73,7 @@ def test_the_cold_threshold_is_bounded_for_large_steps() -> None:
 
 def test_only_uncached_tokens_count() -> None:
     result = plan(1000, decode("d0", cached_tokens=960), prefill("p0"))
-    assert not result.source_prefills
+    assert result.source is None
     assert result.uncached_tokens == 40
 
 
@@ -82,17 +81,17 @@ def test_only_uncached_tokens_count() -> None:
 def test_a_fixed_threshold_is_obeyed(above: int, remote: bool) -> None:
     fast = {"tokens_per_s": 1e6}
     result = plan(100, decode("d0", **fast), prefill("p0", **fast), policy=Policy(above))
-    assert result.source_prefills is remote
+    assert (result.source is not None) is remote
 
 
 def test_a_fully_cached_prompt_still_goes_through_both_pools_at_threshold_zero() -> None:
-    assert plan(100, decode("d0", cached_tokens=100), prefill("p0"), policy=Policy(0)).source_prefills
+    assert plan(100, decode("d0", cached_tokens=100), prefill("p0"), policy=Policy(0)).source == Place("p0", 1)
 
 
 def test_measured_speeds_keep_short_and_send_long_remainders() -> None:
     workers = decode("d0", tokens_per_s=20_000.0), prefill("p0", tokens_per_s=20_000.0)
-    assert not plan(50, *workers).source_prefills
-    assert plan(2000, *workers).source_prefills
+    assert plan(50, *workers).source is None
+    assert plan(2000, *workers).source is not None
 
 
 def test_a_very_short_remainder_stays_whatever_speeds_were_measured() -> None:
@@ -103,8 +102,8 @@ def test_a_very_short_remainder_stays_whatever_speeds_were_measured() -> None:
 def test_a_busy_prefill_pool_leaves_prompts_to_decode_workers_with_room() -> None:
     d = decode("d0", tokens_per_s=20_000.0)
     p = prefill("p0", tokens_per_s=20_000.0, owed_tokens=200_000)
-    assert not plan(2000, d, p).source_prefills
-    assert plan(2000, replace(d, room_tokens=30_000), p).source_prefills
+    assert plan(2000, d, p).source is None
+    assert plan(2000, replace(d, room_tokens=30_000), p).source is not None
 
 
 def test_here_only_means_here() -> None:
@@ -135,18 +134,18 @@ def test_full_workers_come_last() -> None:
 
 def test_blocks_that_another_worker_holds_are_fetched_instead_of_computed() -> None:
     result = plan(4000, decode("d0"), decode("d1", cached_tokens=3990, live=64))
-    assert (result.decode, result.source) == (Place("d0", 1), Place("d1", 1))
-    assert not result.source_prefills
+    assert (result.decode, result.source) == (Place("d0", 1), None)
+    assert result.holders == (Resident(Place("d1", 1), 3990, 64),)
     assert result.computed_tokens == 10
     few = plan(4000, decode("d0"), decode("d1", cached_tokens=100, live=64))
-    assert few.source is None
+    assert few.holders == ()
 
 
 def test_a_prefill_worker_fetches_the_history_that_the_decode_worker_has() -> None:
     d, p = decode("d0", cached_tokens=6000), prefill("p0", cached_tokens=500)
     result = plan(9000, d, p)
-    assert (result.source, result.source_prefills) == (p.place, True)
-    assert result.history == History(d.place, 6000)
+    assert (result.source, result.holders) == (p.place, ())
+    assert result.history == (Resident(d.place, 6000, 0),)
     assert (result.computed_tokens, result.uncached_tokens) == (3000, 3000)
 
 
@@ -157,34 +156,73 @@ def test_a_prefill_worker_fetches_the_history_that_the_decode_worker_has() -> No
 )
 def test_a_history_that_does_not_pay_is_computed(cached: int, policy: Policy) -> None:
     result = plan(9000, decode("d0", cached_tokens=cached), prefill("p0", cached_tokens=500), policy=policy)
-    assert result.source_prefills
-    assert (result.history, result.computed_tokens) == (None, 8500)
+    assert result.source is not None
+    assert (result.history, result.computed_tokens) == ((), 8500)
 
 
-def test_a_history_may_be_any_workers_but_is_best_the_decode_workers() -> None:
+def places(residents: tuple[Resident, ...]) -> list[str]:
+    return [r.place.worker_id for r in residents]
+
+
+def test_a_history_is_fetched_from_all_who_have_much_of_it_the_longest_first() -> None:
     d, p = decode("d0", cached_tokens=2000), prefill("p0")
     full, twin = decode("d1", cached_tokens=6000, live=64), decode("d2", cached_tokens=2000, live=64)
-    result = plan(9000, d, p, full)
-    assert (result.decode, result.history, result.computed_tokens) == (d.place, History(full.place, 6000), 3000)
-    assert plan(9000, d, p, twin).history == History(d.place, 2000)
-    assert plan(9000, d, prefill("p0", cached_tokens=6000), full).history is None
+    little = decode("d3", cached_tokens=255, live=64)
+    result = plan(9000, d, p, full, twin, little)
+    assert (result.decode, result.computed_tokens) == (d.place, 3000)
+    assert result.history == (
+        Resident(full.place, 6000, 64),
+        Resident(d.place, 2000, 0),  # before its equals: it is nearest to what follows
+        Resident(twin.place, 2000, 64),
+    )
+    assert plan(9000, d, prefill("p0", cached_tokens=6000), full).history == ()
+
+
+def test_a_decode_worker_fetches_from_others_what_the_prefill_worker_need_not_send() -> None:
+    d, p = decode("d0", cached_tokens=500), prefill("p0", cached_tokens=6000)
+    others = [decode("d1", cached_tokens=6000, live=64), decode("d2", cached_tokens=600, live=64)]
+    result = plan(9000, d, p, *others)
+    assert (result.decode, result.source, places(result.holders)) == (d.place, p.place, ["d1"])
+
+
+def test_holders_are_few() -> None:
+    others = [decode(f"d{i}", cached_tokens=3000 + i, live=64) for i in range(1, 9)]
+    assert places(plan(4000, decode("d0"), *others).holders) == ["d8", "d7", "d6", "d5"]
+    assert places(plan(9000, decode("d0"), prefill("p0"), *others).history) == ["d8", "d7", "d6", "d5"]
+
+
+def test_a_worker_is_not_told_of_itself() -> None:
+    """Also where a policy lets it fetch whatever little it lacks."""
+    policy = Policy(-1, 1e-6, fetch_above=0)
+    result = plan(9000, decode("d0", cached_tokens=9000), prefill("p0", cached_tokens=8000), policy=policy)
+    assert result.decode.worker_id not in places(result.holders)
+    if result.source is not None:
+        assert result.source.worker_id not in places(result.history)
 
 
 def test_a_history_makes_the_prefill_worker_quicker_in_the_comparison_too() -> None:
     """Without it a prefill worker that lacks everything would take longer than the decode worker with its streams."""
     speed = {"tokens_per_s": 10_000.0}
     d, p = decode("d0", cached_tokens=8000, live=3, **speed), prefill("p0", **speed)
-    assert plan(9000, d, p).history == History(d.place, 8000)
-    assert not plan(9000, d, p, policy=Policy(-1, 1e-6, fetch_above=10**9)).source_prefills
+    assert plan(9000, d, p).history == (Resident(d.place, 8000, 3),)
+    assert plan(9000, d, p, policy=Policy(-1, 1e-6, fetch_above=10**9)).source is None
 
 
 def test_slow_transfers_are_not_preferred_to_computing() -> None:
     result = plan(4000, decode("d0"), decode("d1", cached_tokens=3990, live=64), policy=Policy(-1, 1.0))
-    assert result.source is None
+    assert (result.source, result.holders) == (None, ())
 
 
 def test_a_hand_over_is_limited_in_what_may_be_recomputed() -> None:
     assert plan(9000, decode("d0"), prefill("p0")).recompute_limit == RECOMPUTE_TOKENS
+
+
+def test_what_no_holder_has_is_no_recomputation() -> None:
+    fast = {"tokens_per_s": 1e5}
+    d, other = decode("d0", **fast), decode("d1", cached_tokens=4000, live=64, **fast)
+    result = plan(9000, d, other, prefill("p0", owed_tokens=10**9, **fast))
+    assert (result.decode, result.source, result.computed_tokens) == (d.place, None, 5000)
+    assert result.recompute_limit == 5000 + RECOMPUTE_TOKENS
 
 
 def test_ties_go_to_the_first_name_whatever_the_order() -> None:
@@ -216,10 +254,12 @@ def test_random_fleets_get_plans_that_make_sense() -> None:
             continue
         assert by_place[result.decode].decodes
         assert 1 <= result.computed_tokens <= tokens
-        assert result.source != result.decode
-        if result.source_prefills:
-            assert result.source is not None
+        if result.source is not None:
             assert by_place[result.source].prefills
+        told = [r.place for r in result.holders]
+        assert result.decode not in told
+        assert result.source not in told
+        assert result.source not in [r.place for r in result.history]
 
 
 def test_the_retry_budget_is_a_share_of_the_requests() -> None:

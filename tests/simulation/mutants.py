@@ -29,10 +29,13 @@ from engine.fetching import Fetching as EngineFetching
 from engine.request import RequestState
 from engine.scheduler import Scheduler
 from engine.sim_engine import SimRunner
-from kvtransfer import fetching, holding, serving
+from kvtransfer import fetching, gathering, holding, planning, serving
 from kvtransfer import fetching_state as fs
 from kvtransfer import holding_state as hs
+from kvtransfer.events import Noted
 from kvtransfer.fetcher import Fetcher
+from kvtransfer.gatherer import Gatherer
+from kvtransfer.gathering import Gathering
 from kvtransfer.holder import Holder
 from kvtransfer.messages import AbortFetch, Confirm, Credit, Missing
 from mesh import wire
@@ -234,6 +237,69 @@ def digest_of_other_bytes(original: Any, holder: Any, parcel: Any) -> None:
     """A page is sent that was overwritten meanwhile, and digested after that."""
     parcel.blocks = [(w, bytes(reversed(bytes(p)))) for w, p in parcel.blocks]
     original(holder, parcel)
+
+
+# One fetch over several holders.
+
+
+@mutant((gathering, "ended"))
+def left_blocks_asked_of_nobody(
+    original: Any, state: Any, number: int, asked: int, missing: int, *, failed: bool
+) -> Any:
+    return original(state, number, asked & ~missing, missing, failed=failed)
+
+
+@mutant((gathering, "ended"))
+def failed_holder_asked_again(original: Any, state: Any, number: int, asked: int, missing: int, *, failed: bool) -> Any:
+    return original(state, number, asked, 0 if failed else missing, failed=False)
+
+
+@mutant((gathering, "ended"))
+def stale_claim_believed_again(
+    original: Any, state: Any, number: int, asked: int, missing: int, *, failed: bool
+) -> Any:
+    return original(state, number, asked, missing if failed else 0, failed=failed)
+
+
+@mutant((gathering, "arrived"))
+def block_that_is_here_fetched_again(original: Any, state: Any, index: int) -> Any:
+    return state
+
+
+@mutant((gathering, "stopped"))
+def ended_fetch_asks_on(original: Any, state: Any) -> Any:
+    return state
+
+
+@mutant((planning, "_groups"))
+def block_asked_of_one_without_it(original: Any, wanted: int, lanes: Any) -> Any:
+    groups = original(wanted, lanes)
+    return [(tuple(range(len(lanes))), mask) for _, mask in groups]
+
+
+@mutant((Gatherer, "told"))
+def every_part_passes_on_the_note(original: Any, gatherer: Any, event: Any) -> Any:
+    part = gatherer._parts.get(event.transfer_id) if isinstance(event, Noted) else None
+    return original(gatherer, event) if part is None else (replace(event, transfer_id=part.gather.transfer_id),)
+
+
+@mutant((Gatherer, "settle"))
+def fetch_over_with_its_first_part(original: Any, gatherer: Any) -> Any:
+    for gather in gatherer._unsettled:
+        gather.parts.clear()
+    return original(gatherer)
+
+
+@mutant((Gatherer, "abort"))
+def only_one_part_aborted(original: Any, gatherer: Any, transfer_id: bytes) -> None:
+    gather = gatherer._gathers.get(transfer_id)
+    if gather is not None:
+        kept, gather.parts = gather.parts[1:], gather.parts[:1]
+        original(gatherer, transfer_id)
+        gather.parts.extend(kept)
+
+
+constant("blocks_of_two_holders_asked_of_both", (Gathering, "open", property(lambda state: state.wanted)))
 
 
 constant("lease_never_expires", (kvtransfer.holding, "LEASE_TTL_S", math.inf))

@@ -13,6 +13,8 @@ import decode.role
 import kvtransfer.fetcher
 import kvtransfer.holder
 import kvtransfer.holding_state
+import kvtransfer.pace
+import prefill.role
 import proxy.routing.placement
 import proxy.routing.router
 import worker.steploop
@@ -25,6 +27,8 @@ FETCH_ABOVE = 8
 """Tokens that another worker has more, from which on they are fetched from it; production's 256 would never be."""
 HANDOFF_S = -1e-9
 """Computing takes no time here by a worker's own clock; a fetch takes less, or it would never be chosen."""
+BLOCK_S = 0.001
+"""For a block, until it was measured: less than the way there and back, so that some fetches are shared."""
 LOGGERS = ("proxy", "worker", "decode", "prefill", "kvtransfer", "engine", "mesh")
 
 
@@ -77,7 +81,10 @@ def tiny(chance: random.Random, block_bytes: int, damaged: Collection[bytes]) ->
         (proxy.routing.router, "HANDOFF_S", HANDOFF_S),
         (proxy.routing.placement, "Policy", partial(Policy, fetch_above=FETCH_ABOVE)),
         (worker.steploop, "BEAT_EVERY_S", BEAT_S),
+        (kvtransfer.pace, "SHARED_BYTES_PER_S", block_bytes / BLOCK_S),
+        (kvtransfer.pace, "MEASURED_BYTES", 4 * block_bytes),
         (decode.role, "new_transfer_id", lambda: chance.randbytes(16)),
+        (prefill.role, "new_transfer_id", lambda: chance.randbytes(16)),
     ):
         try:
             for logger in loggers:

@@ -244,10 +244,10 @@ class WorkerHost(Host):
         if pool.num_free + pool.num_cached + pool.num_held != pool.num_blocks:
             raise Violation(f"{self.name}: free + cached + held is not the total")
         left = {
-            "jobs": self.process._role.busy,
+            "jobs": self.process._role.num_jobs,
             "requests": load.running + load.waiting + load.fetching + load.held,
             "held blocks": load.held_blocks,
-            "fetching": stats.fetching,
+            "fetching": stats.fetching + len(self.kv._gatherer._gathers) + len(self.kv._gatherer._parts),
             "serving": stats.serving,
             "streams": stats.held_streams,
             "slots": stats.slots,

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from kvtransfer.endpoint import KvEndpoint
 from mesh.layout import KvLayout
-from mesh.messages import Decode, Peer, Prefill, WorkerInfo
+from mesh.messages import Decode, KvHolder, Peer, Prefill, WorkerInfo
 from mesh.params import SamplingParams
 from worker.links import ProxyLink
 from worker.metrics import WorkerMetrics
@@ -16,7 +16,7 @@ from worker.role import Parts, Replies
 from worker.steploop import StepLoop
 
 LAYOUT = KvLayout(layers=1, kv_heads=1, head_dim=4, block_tokens=4, dtype="uint8")
-HOLDER = Peer("prefill-0", 7, "ipc:///nowhere", "host")
+SOURCE = Peer("prefill-0", 7, "ipc:///nowhere", "host")
 
 
 @dataclass(slots=True)
@@ -80,17 +80,23 @@ def info() -> WorkerInfo:
     return WorkerInfo("w", 1, "decode", "", "host", 0, "m", b"", LAYOUT, 8, 64, 4, 16, 5.0)
 
 
-def decode_message(tokens: int = 10, attempt: int = 1, *, source: Peer | None = HOLDER, limit: int = 4) -> Decode:
+def decode_message(
+    tokens: int = 10,
+    attempt: int = 1,
+    *,
+    source: Peer | None = SOURCE,
+    holders: tuple[KvHolder, ...] = (),
+    limit: int = 4,
+) -> Decode:
     prompt = tuple(range(tokens))
     params = SamplingParams(max_tokens=8)
-    return Decode("r", attempt, prompt, tokens, params, b"root", 60.0, source, source is not None, limit)
+    return Decode("r", attempt, prompt, tokens, params, b"root", 60.0, source, holders, limit)
 
 
 DECODE = Peer("decode-0", 9, "", "host")
+OTHER = Peer("decode-1", 10, "", "host")
 
 
-def prefill_message(tokens: int = 10, attempt: int = 1, *, history: int = 0) -> Prefill:
+def prefill_message(tokens: int = 10, attempt: int = 1, *, holders: tuple[KvHolder, ...] = ()) -> Prefill:
     params = SamplingParams(max_tokens=8)
-    return Prefill(
-        "r", attempt, tuple(range(tokens)), tokens, params, b"root", 60.0, DECODE if history else None, history
-    )
+    return Prefill("r", attempt, tuple(range(tokens)), tokens, params, b"root", 60.0, holders)

@@ -7,10 +7,10 @@ import pytest
 from engine.request import EngineRequest
 from engine.step import Missing, StepOutput, TokenOut
 from kvtransfer.endpoint import BlockArrived, FetchEnded, StreamReleased
-from mesh.messages import Abort, TokenBatch
+from mesh.messages import Abort, KvHolder, TokenBatch
 from mesh.params import SamplingParams
 from prefill.role import PrefillRole
-from tests.worker.role_fakes import DECODE, Bench, decode_message, prefill_message
+from tests.worker.role_fakes import DECODE, OTHER, Bench, decode_message, prefill_message
 from worker.firsttoken import FirstToken
 from worker.steploop import Expected, Stepped
 
@@ -62,7 +62,7 @@ def test_a_stream_whose_first_token_is_the_last_is_released_at_once() -> None:
     role.stepped(stepped("length"))
     role.exported_all(stepped("length"))
     assert bench.kv.named("release_stream") == [(KEY,)]
-    assert not role.busy
+    assert role.num_jobs == 0
 
 
 def test_a_released_stream_frees_the_blocks() -> None:
@@ -71,7 +71,7 @@ def test_a_released_stream_frees_the_blocks() -> None:
     role.stepped(stepped("handoff"))
     role.transferred([StreamReleased(KEY, "confirmed")])
     assert bench.loop.named("release") == [(KEY,)]
-    assert not role.busy
+    assert role.num_jobs == 0
 
 
 def test_a_stream_that_is_given_up_while_it_is_computed_ends_the_work() -> None:
@@ -79,7 +79,7 @@ def test_a_stream_that_is_given_up_while_it_is_computed_ends_the_work() -> None:
     role = started(bench)
     role.transferred([StreamReleased(KEY, "peer_lost")])
     assert bench.loop.named("abort") == [(KEY,)]
-    assert not role.busy
+    assert role.num_jobs == 0
 
 
 def test_an_abort_frees_everything() -> None:
@@ -88,7 +88,7 @@ def test_an_abort_frees_everything() -> None:
     role.abort(Abort("r", 1, "client gone"))
     assert bench.loop.named("abort") == [(KEY,)]
     assert bench.kv.named("release_stream") == [(KEY,)]
-    assert not role.busy
+    assert role.num_jobs == 0
 
 
 def test_a_decode_is_refused() -> None:
@@ -108,19 +108,22 @@ def test_a_deadline_ends_the_hold() -> None:
     role = started(bench)
     role.stepped(stepped("handoff"))
     role.tick(bench.clock.now + 60)
-    assert not role.busy
+    assert role.num_jobs == 0
 
 
 LACKED = tuple(Missing(i, bytes([i]) * 16, 4 if i < 2 else 2) for i in range(3))
 """Of a prompt of ten tokens in blocks of four."""
 
 
-def fetching(bench: Bench, history: int = 8) -> tuple[PrefillRole, bytes]:
-    """A role that fetches a prompt's history from the decode worker, and the transfer's id."""
+HOLDERS = (KvHolder(DECODE, 4, 0), KvHolder(OTHER, 8, 3))
+
+
+def fetching(bench: Bench) -> tuple[PrefillRole, bytes]:
+    """A role that fetches a prompt's history from two workers, and the transfer's id."""
     role = PrefillRole(bench.parts)
-    role.assign(bench.proxy, prefill_message(history=history))
+    role.assign(bench.proxy, prefill_message(holders=HOLDERS))
     role.expected(Expected(KEY, LACKED))
-    ((transfer, *_),) = bench.kv.named("fetch")
+    ((transfer, *_),) = bench.kv.named("gather")
     return role, transfer
 
 
@@ -128,13 +131,13 @@ def ended(transfer: bytes, outcome: str = "ok") -> FetchEnded:
     return FetchEnded(transfer, (), outcome, 0, 0.25, 0, "")
 
 
-def test_a_history_is_fetched_from_the_decode_worker_before_the_rest_is_computed() -> None:
+def test_a_history_is_fetched_from_its_holders_before_the_rest_is_computed() -> None:
     bench = Bench()
     role, transfer = fetching(bench)
     assert [r.hold for (r,) in bench.loop.named("expect")] == [True]
     assert bench.kv.named("open_stream") == [(KEY,)], "the decode worker's fetch may come meanwhile"
-    ((_, attempt, peer, stream, wanted, left),) = bench.kv.named("fetch")
-    assert (attempt, peer, stream, left) == (1, DECODE, "", 60.0)
+    ((_, attempt, maker, stream, holders, wanted, left),) = bench.kv.named("gather")
+    assert (attempt, maker, stream, holders, left) == (1, None, "", HOLDERS, 60.0)
     assert [(w.index, w.name, w.valid_tokens) for w in wanted] == [(0, bytes(16), 4), (1, bytes([1]) * 16, 4)]
     role.transferred([BlockArrived(transfer, 1, b"one"), BlockArrived(transfer, 0, b"zero")])
     assert bench.loop.named("fill") == [(KEY, 1, b"one"), (KEY, 0, b"zero")]
@@ -153,7 +156,7 @@ def test_what_is_fetched_is_told_to_the_proxy() -> None:
     role.stepped(event)
     bench.replies.flush()
     report = bench.link.sent[0].deltas[0].report
-    assert (report.cached_tokens, report.fetched_tokens, report.computed_tokens) == (0, 4, 6)
+    assert (report.cached_tokens, report.fetched_tokens, report.computed_tokens, report.reused_tokens) == (0, 4, 6, 4)
     assert (report.transfer_s, report.transfer_bytes) == (0.25, 16)
 
 
@@ -169,9 +172,9 @@ def test_a_history_that_does_not_come_is_computed(outcome: str) -> None:
 def test_a_history_that_is_here_is_not_fetched() -> None:
     bench = Bench()
     role = PrefillRole(bench.parts)
-    role.assign(bench.proxy, prefill_message(history=8))
+    role.assign(bench.proxy, prefill_message(holders=HOLDERS))
     role.expected(Expected(KEY, LACKED[2:]))
-    assert not bench.kv.named("fetch")
+    assert not bench.kv.named("gather")
     assert bench.loop.named("ready") == [(KEY, ())]
 
 
@@ -183,4 +186,4 @@ def test_an_end_of_the_request_ends_the_fetch() -> None:
     role.transferred([BlockArrived(transfer, 0, bytes(16)), ended(transfer, "aborted")])
     assert not bench.loop.named("fill")
     assert not bench.loop.named("ready")
-    assert not role.busy
+    assert role.num_jobs == 0

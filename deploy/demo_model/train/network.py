@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -214,6 +214,9 @@ class TiedLoss(torch.autograd.Function):
         return to_hidden * grads[0].to(to_hidden.dtype), to_table * grads[0], None, None, None
 
 
+Watch = Callable[[int, "Layer", Tensor, Places], None]
+
+
 class Network(nn.Module):
     """`compiled` needs a C++ compiler and pays once per row length."""
 
@@ -249,11 +252,14 @@ class Network(nn.Module):
             self._places[length] = Places(*made)
         return self._places[length]
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """[rows, length] -> normalised states [rows, length, hidden] that the embedding turns into logits."""
+    def forward(self, ids: Tensor, watch: Watch | None = None) -> Tensor:
+        """[rows, length] -> normalised states [rows, length, hidden] that the embedding turns into logits. `watch` is
+        shown each layer with its input."""
         places = self.places(ids.shape[1])
         x = self.embed_tokens(ids)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if watch is not None:
+                watch(number, cast(Layer, layer), x, places)
             x = self._layer(layer, x, places, self.dtype)
         states: Tensor = self.norm(x)
         return states.to(self.dtype)
@@ -262,9 +268,11 @@ class Network(nn.Module):
         """[rows, length] -> [rows, length, vocab]."""
         return linear(self(ids), self.embed_tokens.weight, self.dtype)
 
-    def loss(self, ids: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(
+        self, ids: Tensor, targets: Tensor, weights: Tensor, watch: Watch | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """All [rows, length] -> weighted sum of losses, and losses and hits [rows * length] without gradient."""
-        hidden = self(ids).flatten(0, 1)
+        hidden = self(ids, watch).flatten(0, 1)
         sums: tuple[Tensor, Tensor, Tensor] = TiedLoss.apply(  # type: ignore[no-untyped-call]
             hidden, self.embed_tokens.weight, targets.flatten(), weights.flatten(), self._logit_gradient
         )
