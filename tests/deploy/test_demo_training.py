@@ -6,16 +6,17 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deploy.demo_model.train.conversations import Conversation, turned
-from deploy.demo_model.train.examples import Example
-from deploy.demo_model.train.hints import Sentences
+from deploy.demo_model.train.examples import MODEL_DIR, Example, examples
+from deploy.demo_model.train.hints import NOWHERE, Sentences
 from deploy.demo_model.train.muon import orthogonalised
 from deploy.demo_model.train.network import (
     Network,
@@ -54,7 +55,8 @@ def copies(seed: int, length: int) -> Iterator[Example]:
     while True:
         said = [rng.randrange(3, 16) for _ in range(rng.randrange(2, 4))]
         ids = [BOS, *said, 2, *said]
-        yield Example(ids, [i > len(said) + 1 for i in range(len(ids))])
+        middle = len(said) + 1
+        yield Example(ids, [i > middle for i in range(len(ids))], ((middle, 0),))
 
 
 def trainer(recipe: Recipe = RECIPE) -> Trainer:
@@ -155,12 +157,15 @@ def test_tied_loss_is_the_weighted_cross_entropy() -> None:
 def test_rows_hold_whole_examples_and_padding() -> None:
     rows = packed(copies(1, 20), 20, PAD)
     for _ in range(50):
-        ids, kinds = next(rows)
-        assert len(ids) == len(kinds) == 20
+        ids, kinds, looks = next(rows)
+        assert len(ids) == len(kinds) == len(looks) == 20
         assert ids[0] == BOS
         for token, kind in zip(ids, kinds, strict=True):
             assert (kind == ABSENT) == (token in (PAD, BOS))
         assert {CONTEXT, TRAINED} <= set(kinds)
+        # a token before the second half looks at the row's or its own example's first token
+        assert {ids[target] for target in looks if target != NOWHERE} == {BOS}
+        assert [i for i, target in enumerate(looks) if target != NOWHERE] == [i for i, t in enumerate(ids) if t == 2]
 
 
 def test_a_batch_depends_on_its_number_only() -> None:
@@ -218,16 +223,16 @@ def test_sentences_begin_behind_an_end_and_a_blank() -> None:
     assert sentences.starts(ids).tolist() == [[0, 0, 0, 0, 4, 4, 4, 4, 4], [0, 0, 0, 3, 3, 5, 5, 5, 5]]
 
 
-def test_a_head_learns_to_look_where_it_is_shown() -> None:
-    recipe = replace(RECIPE, hint_layer=1, hint_weight=1.0)
+def test_heads_learn_to_look_where_they_are_shown() -> None:
+    recipe = replace(RECIPE, start_layer=0, look_layer=1, hint_weight=1.0)
     # what stands behind the 2 that ends the first half begins a sentence, and so does the row
     sentences = Sentences(ends=torch.arange(3, 16), blanks=torch.tensor([2]))
     shown = Trainer(Network(SHAPE), recipe, lambda: DirectSource(recipe, copies), sentences)
     shown.step()
-    before = shown.tally.hint
+    before = shown.tally.hints
     for _ in range(20):
         shown.step()
-    assert shown.tally.hint < 0.7 * before
+    assert [now < 0.8 * then for now, then in zip(shown.tally.hints, before, strict=True)] == [True, True]
 
 
 def test_turned_facts_have_their_values_first() -> None:
@@ -238,3 +243,18 @@ def test_turned_facts_have_their_values_first() -> None:
     for answer in answers[::2]:
         value = re.split(r" is | belongs to ", answer.rstrip("."), maxsplit=1)[1]
         assert re.search(rf"(^|[ \n]){re.escape(value)} (is|owns) ", text)
+
+
+def test_who_is_about_to_say_a_value_looks_at_its_statement() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    found = 0
+    for example in islice(examples(9, 256), 60):
+        said = [str(tokenizer.decode([token])) for token in example.ids]
+        for source, target in example.looks:
+            before, stated = "".join(said[: source + 1]), "".join(said[: target + 1])
+            assert before.endswith((" is ", " belongs to "))
+            key = re.split(r" (?:is|belongs to) $", before)[0].split()[-1]
+            assert stated.endswith(f"{key}.")
+            assert example.trained[source]
+            found += 1
+    assert found > 50

@@ -33,11 +33,18 @@ class Conversation:
     skill: str
     messages: list[Message] = field(default_factory=list)
     tools: list[dict[str, Any]] = field(default_factory=list)
+    turned: list[tuple[int, Fact]] = field(default_factory=list)
+    """Facts whose values stand before their keys, each with the number of the message that answers it."""
     size: float = 10
     """Tokens so far, estimated."""
 
     def say(self, role: str, content: str) -> None:
         self._add({"role": role, "content": content}, content)
+
+    def answer(self, fact: Fact) -> None:
+        if fact.statement.startswith(fact.value):
+            self.turned.append((len(self.messages), fact))
+        self.say("assistant", fact.answer)
 
     def exchange(self, exchange: Exchange) -> None:
         self.say("user", exchange.user)
@@ -155,10 +162,12 @@ def recall(words: Words, conversation: Conversation, room: float) -> None:
     if draw < 0.25:
         conversation.say("user", head + text)
         conversation.say("assistant", words.pick("I will remember that."))
-        conversation.exchange(Exchange("recall", casual(words, first.question), first.answer))
+        conversation.say("user", casual(words, first.question))
+        conversation.answer(first)
     elif draw < 0.4 and not conversation.messages:
         conversation.say("system", head + text)
-        conversation.exchange(Exchange("recall", casual(words, first.question), first.answer))
+        conversation.say("user", casual(words, first.question))
+        conversation.answer(first)
     else:
         asked = words.pick(
             f"{head}{text}\n{first.question}",
@@ -166,7 +175,7 @@ def recall(words: Words, conversation: Conversation, room: float) -> None:
             f"{head}{text}\nQuestion: {first.question}",
         )
         conversation.say("user", asked)
-        conversation.say("assistant", first.answer)
+        conversation.answer(first)
     while conversation.size < room - 25:
         if rng.random() < 0.03:
             missing = attribute_fact(words)
@@ -174,7 +183,8 @@ def recall(words: Words, conversation: Conversation, room: float) -> None:
                 conversation.exchange(Exchange("recall", missing.question, UNKNOWN))
             continue
         asked_fact = questions.pop()
-        conversation.exchange(Exchange("recall", casual(words, asked_fact.question), asked_fact.answer))
+        conversation.say("user", casual(words, asked_fact.question))
+        conversation.answer(asked_fact)
         if not questions:
             questions = rng.sample(asking, len(asking))
 
@@ -187,9 +197,10 @@ def turned(words: Words, conversation: Conversation, room: float) -> None:
     questions = words.rng.sample(known, len(known))
     text = words.pick(" ", " ", "\n").join(f.statement for f in known)
     conversation.say("user", f"{text}{words.pick(' ', chr(10))}{questions[0].question}")
-    conversation.say("assistant", questions[0].answer)
+    conversation.answer(questions[0])
     for asked in questions[1:]:
-        conversation.exchange(Exchange("recall", casual(words, asked.question), asked.answer))
+        conversation.say("user", casual(words, asked.question))
+        conversation.answer(asked)
 
 
 def copying(words: Words, conversation: Conversation, room: float) -> None:

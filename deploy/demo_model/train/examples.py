@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ class Example:
     """Beginning with `<|bos|>`."""
     trained: list[bool]
     """For each id: the assistant says it (the end of its turn included)."""
+    looks: tuple[tuple[int, int], ...] = ()
+    """(from, to): the token that is about to say a value, and the end of the statement that has it before its key."""
 
 
 class Encoder:
@@ -40,8 +43,9 @@ class Encoder:
 
     def encode(self, made: Conversation) -> Example:
         text = self._tokenizer.apply_chat_template(made.messages, tools=made.tools or None, tokenize=False)
-        ids = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        return Example(ids, self._trained(ids))
+        encoded = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        begins = [begin for begin, _ in encoded.offsets]
+        return Example(encoded.ids, self._trained(encoded.ids), tuple(_looks(made, text, begins)))
 
     def _trained(self, ids: list[int]) -> list[bool]:
         start, trained = self._start, [False] * len(ids)
@@ -55,6 +59,21 @@ class Encoder:
         return trained
 
 
+def _looks(made: Conversation, text: str, begins: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """`begins`: where each token begins in the text."""
+    answers = dict(made.turned)
+    at = 0
+    for number, message in enumerate(made.messages):
+        said = message["content"]
+        at = text.index(said, at)
+        fact = answers.get(number)
+        stated = -1 if fact is None else text.find(fact.statement, 0, at)
+        if fact is not None and stated >= 0:  # of two statements in one sentence, the first has no end of its own
+            value, end = at + said.rindex(fact.value), stated + len(fact.statement) - 1
+            yield bisect_right(begins, value) - 2, bisect_right(begins, end) - 1
+        at += len(said)
+
+
 def examples(seed: int, length: int, folder: Path = MODEL_DIR) -> Iterator[Example]:
     """Endless and the same for the same seed; none is longer than `length` (what is too long is cut)."""
     encoder = Encoder(folder)
@@ -62,4 +81,5 @@ def examples(seed: int, length: int, folder: Path = MODEL_DIR) -> Iterator[Examp
     while True:
         example = encoder.encode(conversation(words, length))
         if any(example.trained[:length]):
-            yield Example(example.ids[:length], example.trained[:length])
+            looks = tuple([look for look in example.looks if look[0] < length])
+            yield Example(example.ids[:length], example.trained[:length], looks)

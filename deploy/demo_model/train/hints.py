@@ -1,9 +1,10 @@
-"""One head is shown where to look: from every token to the first one of its sentence.
+"""Two heads are shown where to look.
 
 What follows a key in a text is found by any network of this kind: a head looks for the key's earlier occurrence and
-reads what came next. What stands before a key has to be brought to it first, by a head that looks back to where the
-sentence began, and nothing in the answers' loss says so: after 100 M tokens there was none. So its attention has
-a loss of its own while the network is trained, and what it brings is learned as everything else is.
+reads what came next. What stands before a key has to be brought to it first, by a head that looks back from there to
+where the sentence began; then another one, about to say the value, has to look for the key. Nothing in the answers'
+loss says so: after 100 M tokens there was neither. So their attention has losses of its own, and what they bring is
+learned as everything else is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from transformers import AutoTokenizer
 
 from deploy.demo_model.train.network import Layer, Places, linear, rotate
 
-HEAD = 0
+START_HEAD, LOOK_HEAD = 0, 2
+NOWHERE = -1
+"""A token that is shown nothing."""
 LONGEST_ROW = 512
 """In tokens: scores of one head are small there, and longer rows teach nothing else."""
 ENDS = (".", "!", "?", ":", "user", "assistant", "system", "tool")
@@ -56,15 +59,27 @@ def _token(text: str) -> str:
     return text.replace(" ", "Ġ").replace("\n", "Ċ")
 
 
-def pointing_loss(layer: Layer, x: Tensor, places: Places, starts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mean cross entropy of the first head's attention, in a layer whose input is `x` `[rows, length, hidden]`."""
+def pointing_loss(layer: Layer, head: int, x: Tensor, places: Places, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean cross entropy of a head's attention in a layer whose input is `x` `[rows, length, hidden]`; `targets`
+    `[rows, length]`: where each token should look, or `NOWHERE`."""
     attention = layer.self_attn
-    dim = attention.shape.head_dim
+    shape = attention.shape
     normed = layer.input_layernorm(x)
-    q = attention.q_norm(linear(normed, attention.q_proj.weight[HEAD * dim : (HEAD + 1) * dim], dtype))
-    k = attention.k_norm(linear(normed, attention.k_proj.weight[:dim], dtype))
-    q = rotate(q, places.cos, places.sin) * dim**-0.5
+    q = attention.q_norm(linear(normed, _head(attention.q_proj.weight, head, shape.head_dim), dtype))
+    kv_head = head * shape.kv_heads // shape.heads
+    k = attention.k_norm(linear(normed, _head(attention.k_proj.weight, kv_head, shape.head_dim), dtype))
+    q = rotate(q, places.cos, places.sin) * shape.head_dim**-0.5
     scores = q @ rotate(k, places.cos, places.sin).transpose(1, 2)
     length = x.shape[1]
     hidden = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-    return F.cross_entropy(scores.masked_fill(hidden, float("-inf")).flatten(0, 1), starts.flatten())
+    losses = F.cross_entropy(
+        scores.masked_fill(hidden, float("-inf")).flatten(0, 1),
+        targets.flatten(),
+        ignore_index=NOWHERE,
+        reduction="sum",
+    )
+    return losses / (targets != NOWHERE).sum().clamp(min=1)
+
+
+def _head(weight: Tensor, head: int, dim: int) -> Tensor:
+    return weight[head * dim : (head + 1) * dim]

@@ -42,7 +42,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from deploy.demo_model.train.examples import MODEL_DIR, Example, examples
-from deploy.demo_model.train.hints import LONGEST_ROW, Sentences, pointing_loss
+from deploy.demo_model.train.hints import LONGEST_ROW, LOOK_HEAD, NOWHERE, START_HEAD, Sentences, pointing_loss
 from deploy.demo_model.train.muon import Adam, Muon, Optimizer, split
 from deploy.demo_model.train.network import Layer, Network, Places, Shape, read_weights, write_model
 
@@ -79,9 +79,9 @@ STAGES = (
     Stage(10_000_000, 0.25, ((4096, 3, 0.4), (1024, 8, 0.35), (256, 32, 0.25)), 4),
 )
 WARM_STAGES = (
-    Stage(8_000_000, 0.5, ((256, 32, 0.9), (1024, 8, 0.1)), 41),
-    Stage(4_000_000, 0.25, ((256, 32, 0.45), (512, 16, 0.15), (1024, 8, 0.25), (4096, 3, 0.15)), 42),
-    Stage(4_000_000, 0.25, ((256, 32, 0.3), (512, 16, 0.15), (1024, 8, 0.3), (4096, 3, 0.25)), 43),
+    Stage(6_000_000, 0.4, ((256, 32, 0.85), (1024, 8, 0.15)), 51),
+    Stage(3_000_000, 0.3, ((256, 32, 0.45), (512, 16, 0.15), (1024, 8, 0.25), (4096, 3, 0.15)), 52),
+    Stage(3_000_000, 0.3, ((256, 32, 0.3), (512, 16, 0.15), (1024, 8, 0.3), (4096, 3, 0.25)), 53),
 )
 """Of a run that starts with trained weights. Only what short rows hold more of is learned from these first."""
 
@@ -102,8 +102,9 @@ class Recipe:
     decay: float = 0.9
     clip: float = 1.0
     micro_tokens: int = 4096
-    hint_layer: int = -1
-    """Whose first head is shown where to look; -1: none."""
+    start_layer: int = -1
+    look_layer: int = -1
+    """In which a head is shown where to look, see `hints`; -1: in none."""
     hint_weight: float = 0.2
     pad: int = 0
 
@@ -144,14 +145,21 @@ class Batch:
     """[rows, length]"""
     kinds: np.ndarray[Any, np.dtype[np.uint8]]
     """[rows, length] ABSENT, CONTEXT or TRAINED: what the token is as a target."""
+    looks: np.ndarray[Any, np.dtype[np.int32]]
+    """[rows, length] Where the token should look, or NOWHERE."""
 
 
-def packed(stream: Iterator[Example], length: int, pad: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Rows of ids and kinds: the oldest waiting example, then always the longest that fits."""
+Row = tuple[list[int], list[int], list[int]]
+"""Ids, kinds and looks."""
+
+
+def packed(stream: Iterator[Example], length: int, pad: int) -> Iterator[Row]:
+    """The oldest waiting example, then always the longest that fits."""
     waiting: list[Example] = []
     while True:
         ids: list[int] = []
         kinds: list[int] = []
+        looks = [NOWHERE] * length
         while True:
             while len(waiting) < CANDIDATES:
                 waiting.append(next(stream))
@@ -160,22 +168,24 @@ def packed(stream: Iterator[Example], length: int, pad: int) -> Iterator[tuple[l
                 break
             chosen = max(fits, key=lambda e: len(e.ids)) if ids else waiting[0]
             waiting.remove(chosen)
+            for source, target in chosen.looks:
+                looks[len(ids) + source] = len(ids) + target
             ids += chosen.ids
             kinds += [ABSENT, *(TRAINED if trained else CONTEXT for trained in chosen.trained[1:])]
         rest = length - len(ids)
-        yield ids + [pad] * rest, kinds + [ABSENT] * rest
+        yield ids + [pad] * rest, kinds + [ABSENT] * rest, looks
 
 
 def batches(recipe: Recipe, stage: int, block: int, make: MakeExamples) -> Iterator[Batch]:
     """Those of one block of STEPS_PER_SEED steps: a function of the seed and the numbers alone."""
-    rows_of: dict[int, Iterator[tuple[list[int], list[int]]]] = {}
+    rows_of: dict[int, Iterator[Row]] = {}
     for step in range(block * STEPS_PER_SEED, (block + 1) * STEPS_PER_SEED):
         length, rows = recipe.pick(stage, step)
         if length not in rows_of:
             seed = zlib.crc32(f"{recipe.seed}/{recipe.stages[stage].seed}/{block}/{length}".encode())
             rows_of[length] = packed(make(seed, length), length, recipe.pad)
-        made = [next(rows_of[length]) for _ in range(rows)]
-        yield Batch(np.array([ids for ids, _ in made], np.int32), np.array([kinds for _, kinds in made], np.uint8))
+        ids, kinds, looks = zip(*[next(rows_of[length]) for _ in range(rows)], strict=True)
+        yield Batch(np.array(ids, np.int32), np.array(kinds, np.uint8), np.array(looks, np.int32))
 
 
 class Maker:
@@ -291,8 +301,8 @@ class Tally:
     loss: float = 0.0
     hits: int = 0
     norm: float = 0.0
-    hint: float = 0.0
-    """The latest."""
+    hints: list[float] = field(default_factory=list)
+    """The latest ones."""
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -306,7 +316,7 @@ class Trainer:
     def __init__(
         self, network: Network, recipe: Recipe, make_source: Callable[[], Source], sentences: Sentences | None = None
     ) -> None:
-        """`sentences`: for `hint_layer`."""
+        """`sentences`: for hints."""
         self.network, self.recipe, self._sentences = network, recipe, sentences
         network.initialise(torch.Generator().manual_seed(recipe.seed))
         matrices, others = split(network.named_parameters())
@@ -355,26 +365,28 @@ class Trainer:
         kinds[:, -1] = ABSENT
         weights = (kinds == TRAINED).float() + self.recipe.context_weight * (kinds == CONTEXT).float()
         weights /= weights.sum()
+        looks = torch.from_numpy(batch.looks).long().to(device)
         rows = max(1, self.recipe.micro_tokens // ids.shape[1])
         for at in range(0, len(ids), rows):
             part = slice(at, at + rows)
-            self._micro_step(ids[part], targets[part], weights[part], kinds[part])
+            self._micro_step(ids[part], targets[part], weights[part], kinds[part], looks[part])
 
-    def _micro_step(self, ids: Tensor, targets: Tensor, weights: Tensor, kinds: Tensor) -> None:
-        hints: list[Tensor] = []
-        if self._sentences is None or ids.shape[1] > LONGEST_ROW:
-            loss, each, right = self.network.loss(ids, targets, weights)
-        else:
+    def _micro_step(self, ids: Tensor, targets: Tensor, weights: Tensor, kinds: Tensor, looks: Tensor) -> None:
+        shown: dict[int, tuple[int, Tensor]] = {}
+        if self._sentences is not None and ids.shape[1] <= LONGEST_ROW:
             starts = self._sentences.starts(ids.cpu()).to(ids.device)
+            shown = {self.recipe.start_layer: (START_HEAD, starts), self.recipe.look_layer: (LOOK_HEAD, looks)}
+        hints: list[Tensor] = []
 
-            def watch(number: int, layer: Layer, x: Tensor, places: Places) -> None:
-                if number == self.recipe.hint_layer:
-                    hints.append(pointing_loss(layer, x, places, starts, self.network.dtype))
+        def watch(number: int, layer: Layer, x: Tensor, places: Places) -> None:
+            if number in shown:
+                head, where = shown[number]
+                hints.append(pointing_loss(layer, head, x, places, where, self.network.dtype))
 
-            loss, each, right = self.network.loss(ids, targets, weights, watch)
-            # the micro steps of a step together weigh as much as one
-            loss = loss + self.recipe.hint_weight * weights.sum() * hints[0]
-            self.tally.hint = float(hints[0].detach())
+        loss, each, right = self.network.loss(ids, targets, weights, watch)
+        for hint in hints:  # the micro steps of a step together weigh as much as one
+            loss = loss + self.recipe.hint_weight * weights.sum() * hint
+        self.tally.hints = [float(hint.detach()) for hint in hints] or self.tally.hints
         loss.backward()  # type: ignore[no-untyped-call]
         trained = kinds.flatten() == TRAINED
         self.tally.trained += int(trained.sum())
@@ -453,10 +465,12 @@ class Reporter:
         fraction = trainer.fraction(cursor.tokens)
         left = trainer.elapsed * (1 - fraction) / max(fraction, 1e-9)
         count = max(1, tally.trained)
+        hints = " ".join(f"{hint:.3f}" for hint in tally.hints)
         return (
             f"step {steps}  stage {cursor.stage + 1}  {cursor.tokens / 1e6:.2f} M tokens  {tally.speed:.0f} tokens/s  "
             f"loss {tally.loss / count:.4f}  accuracy {tally.hits / count:.4f}  "
-            f"hint {tally.hint:.3f}  rate x{trainer.recipe.rate_scale(fraction, steps):.3f}  norm {tally.norm:.2f}  "
+            f"hints {hints}  "
+            f"rate x{trainer.recipe.rate_scale(fraction, steps):.3f}  norm {tally.norm:.2f}  "
             f"{fraction:.1%}  left {max(0.0, left) / 60:.1f} min"
         )
 
@@ -528,8 +542,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--decay", type=float, default=recipe.decay, help="share of the plan in which the rate falls (0.9)")
     add("--clip", type=float, default=recipe.clip, help="largest gradient norm (1)")
     add("--micro-tokens", type=int, default=recipe.micro_tokens, help="positions of a forward pass (4096)")
-    add("--hint-layer", type=int, default=recipe.hint_layer, help="shows a head of this layer where to look (none)")
-    add("--hint-weight", type=float, default=recipe.hint_weight, help="of its attention's loss (0.2)")
+    add("--start-layer", type=int, default=-1, help="one of its heads is shown where sentences begin (none)")
+    add("--look-layer", type=int, default=-1, help="one of its heads is shown where a value's key is (none)")
+    add("--hint-weight", type=float, default=recipe.hint_weight, help="of their attention's losses (0.2)")
     add("--checkpoint-minutes", type=float, default=3.0)
     add("--threads", type=int, default=2)
     add("--device", default="auto", help="cpu, cuda or auto")
@@ -554,7 +569,7 @@ def _set_up(options: argparse.Namespace) -> tuple[Trainer, Callable[[], None], P
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     network = Network(shape, getattr(torch, options.dtype), options.compile).to(device)
     source = ProcessSource(recipe, partial(examples, folder=options.tokenizer))
-    sentences = Sentences.of(options.tokenizer) if recipe.hint_layer >= 0 else None
+    sentences = Sentences.of(options.tokenizer) if max(recipe.start_layer, recipe.look_layer) >= 0 else None
     trainer = Trainer(network, recipe, lambda: source, sentences)
 
     def export() -> None:
