@@ -119,7 +119,7 @@ def test_a_connection_without_a_greeting_is_not_used_again(tmp_path: Path, keys:
         sides = {"hello": Strikes(), "greeting": Strikes()}
         sides[struck].strike(FLIP, 1, 0.0)
         between = Relay(int(bulk.rsplit(":", 1)[1]), sides["greeting"], sides["hello"])
-        relayed = Peer(peer.worker_id, peer.incarnation, f"{control}/{between.port}", peer.host)
+        relayed = Peer(peer.worker_id, peer.incarnation, f"{control}/{between.port}", peer.host, peer.layout)
 
         def fetched(number: int) -> FetchEnded:
             transfer = transfer_id(number)
