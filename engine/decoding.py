@@ -78,12 +78,15 @@ class Decoding:
 
     def run(self, rows: Sequence[Row], compute: Callable[[Sequence[Row]], list[Sampled]]) -> list[Sampled]:
         """One result per row; `compute` gives those of rows that are no decoding."""
-        others = [row for row in rows if not _is_decoding(row)]
-        computed = compute(others) if others else []
+        decoding = [row.num_tokens == 1 and row.samples for row in rows]
+        if all(decoding):
+            return self._decode(rows, {})
+        others = [row for row, decodes in zip(rows, decoding, strict=True) if not decodes]
+        computed = compute(others)
         joining = {row.request: one.token for row, one in zip(others, computed, strict=True)}
-        decoded = iter(self._decode([row for row in rows if _is_decoding(row)], joining))
+        decoded = iter(self._decode([row for row, decodes in zip(rows, decoding, strict=True) if decodes], joining))
         rest = iter(computed)
-        return [next(decoded if _is_decoding(row) else rest) for row in rows]
+        return [next(decoded if decodes else rest) for decodes in decoding]
 
     def _decode(self, rows: Sequence[Row], joining: Mapping[EngineRequest, int | None]) -> list[Sampled]:
         """`joining`: the tokens of requests that are decoded from the next step on."""
@@ -159,10 +162,6 @@ class Decoding:
         inputs[1, index] = [share.token for share in shares]
         inputs[2, index] = [share.source for share in shares]
         return places, self._step.run(inputs, drawn)
-
-
-def _is_decoding(row: Row) -> bool:
-    return row.num_tokens == 1 and row.samples
 
 
 def _read_later(tokens: Tensor) -> Callable[[], list[int]]:

@@ -10,6 +10,7 @@ a pure function of (seed, choice, position), sums run over token ids in order, a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +22,14 @@ from engine.step import Sampled
 from kernels.sampling import Draw, Draws, draw
 from mesh.errors import GrammarError
 from mesh.messages import TokenLogprob
+from mesh.params import SamplingParams
 
 MASKS_S = 0.5
 """Processor time for the masks of one step. A batch of JSON takes a hundredth; with more than this, every stream of
 the worker would stutter, so requests with slow grammars end."""
 SLOW_MASK_S = 0.005
+FEW_ROWS = 16
+"""For which Python draws their random numbers faster than numpy."""
 MASK = (1 << 64) - 1
 
 
@@ -61,8 +65,20 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return float(x >> 11) * 2.0**-53
 
 
-def _splitmix64(x: int) -> int:
-    """Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014)."""
+def uniforms(params: Sequence[SamplingParams], positions: Sequence[int]) -> list[float]:
+    """`uniform` of each."""
+    if len(params) < FEW_ROWS:
+        return [uniform(p.seed, p.choice, position) for p, position in zip(params, positions, strict=True)]
+    x = _splitmix64(np.array([p.seed & MASK for p in params], np.uint64))
+    x = _splitmix64(x ^ np.array([p.choice for p in params], np.uint64))
+    x = _splitmix64(x ^ np.array(positions, np.uint64))
+    numbers: list[float] = ((x >> 11) * 2.0**-53).tolist()
+    return numbers
+
+
+def _splitmix64(x: Any) -> Any:
+    """Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014), of one number or of an
+    array of uint64."""
     x = (x + 0x9E3779B97F4A7C15) & MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
@@ -211,10 +227,7 @@ def draws(requests: Sequence[EngineRequest], positions: Sequence[int]) -> Draws:
         top_k=[p.top_k for p in params],
         top_p=[p.top_p for p in params],
         min_p=[p.min_p for p in params],
-        uniform=[
-            uniform(p.seed, p.choice, position) if p.temperature > 0 else 0.0
-            for p, position in zip(params, positions, strict=True)
-        ],
+        uniform=uniforms(params, positions) if any(p.temperature > 0 for p in params) else [0.0] * len(params),
     )
 
 

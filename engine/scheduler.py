@@ -11,7 +11,7 @@ the oldest always progresses, and what was taken is computed (or found in the pr
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -97,9 +97,18 @@ class Scheduler:
         if self.waiting:
             self._admit_waiting(rows, budget, now)
         if self._looks_ahead:
-            for row in rows:
-                self._blocks.grow(row.request, row.request.num_computed_tokens + row.num_tokens + 1)
+            self._look_ahead(rows)
         return rows
+
+    def _look_ahead(self, rows: Sequence[Row]) -> None:
+        """A page for the position after each row's last, where the step fills the row's last page; while there are
+        any."""
+        block_tokens = self._blocks.block_tokens
+        for row in rows:
+            request = row.request
+            num_tokens = request.num_computed_tokens + row.num_tokens
+            if num_tokens == len(request.block_table) * block_tokens:
+                self._blocks.grow(request, num_tokens + 1)
 
     def _continue_running(self, rows: list[Row]) -> int:
         budget = self._config.max_num_batched_tokens

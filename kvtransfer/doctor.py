@@ -106,7 +106,7 @@ def measure(mib: int, tried: Sequence[str]) -> Iterator[Link]:
     yield Link("copy", copy, 1.0)
     for route in tried:
         try:
-            speed = size / min(link_times(route, pages, ROUNDS))
+            speed = size / min(took.seconds for took in link_times(route, pages, ROUNDS))
         except (OSError, RuntimeError, StartupError) as error:
             yield Link(route, 0.0, 0.0, str(error))
         else:

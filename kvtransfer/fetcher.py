@@ -14,7 +14,7 @@ from kvtransfer.events import BlockArrived, Counters, Event, FetchEnded, Noted
 from kvtransfer.integrity import is_intact, seal, unseal
 from kvtransfer.link import Heard, Link, LinkKey
 from kvtransfer.messages import BlockHeader, Blocks, Offer, SlotsReturned
-from kvtransfer.protocol import MAX_CONTROL_BYTES, Wanted, window_blocks
+from kvtransfer.protocol import ANSWER_S, MAX_CONTROL_BYTES, Wanted, window_blocks
 from kvtransfer.sockets import (
     DENIED,
     FAILED_CONNECTS,
@@ -56,6 +56,8 @@ MAX_BEHIND = 1024
 MAX_WAITING = 2048
 """Messages kept for a holder that has not greeted yet; the fetches among them end by their deadline."""
 WATCHED = LOST | RETRIED
+NO_GREETING = "the holder's greeting did not come, or cannot be read"
+"""Nothing is said before it, so the next fetch needs another connection."""
 
 
 class PeerRefused(KvmeshError):
@@ -167,6 +169,7 @@ class Fetcher:
             raise PeerRefused(f"layout: {refused}")
         control, bulk = addresses(peer.kv_address, self._keys)
         size = layout.block_bytes
+        now = self._clock()
         state = fs.Fetching(
             self._me,
             peer.incarnation,
@@ -177,7 +180,7 @@ class Fetcher:
         )
         if not bulk or self._keys is None:
             dealer = open_dealer(self._context, control, size)
-            return Link(key, dealer, dealer, (monitor_of(dealer, WATCHED),), state, self._clock(), size, version, None)
+            return Link(key, dealer, dealer, (monitor_of(dealer, WATCHED),), state, now, now, size, version, None)
         name = new_link()
         dealer = open_dealer(self._context, control, size, keys=self._keys, link=name)
         greeting = hello(self._keys.transfer, name)
@@ -189,7 +192,7 @@ class Fetcher:
         inbound.send(greeting)
         monitors = (monitor_of(dealer, WATCHED | DENIED), monitor_of(inbound, WATCHED | DENIED))
         opener = Opener(self._keys.transfer, name, self._pool)
-        return Link(key, dealer, inbound, monitors, state, self._clock(), size, version, opener)
+        return Link(key, dealer, inbound, monitors, state, now, now, size, version, opener)
 
     def _apply(self, link: Link, event: fs.Event) -> None:
         link.state, effects = fetching.step(link.state, event, self._clock())
@@ -339,6 +342,7 @@ class Fetcher:
             opened = opener.open(frame, payload)
         except Unsealable as error:
             self._counters.drop(error.reason)
+            link.refused = link.refused if greeted else NO_GREETING
             return None
         if greeted:
             return opened
@@ -432,7 +436,9 @@ class Fetcher:
         for link in list(self._links.values()):
             if link.behind:
                 self._land(link)
-            if link.state.transfers:
+            if link.opener is not None and not link.opener.is_open and now >= link.opened + ANSWER_S:
+                self._lose(link, NO_GREETING)
+            elif link.state.transfers:
                 self._apply(link, fs.Tick())
             elif now >= link.idle_since + LINK_IDLE_S:
                 self._close(link)

@@ -34,6 +34,7 @@ class Link:
     monitors: tuple[Socket, ...]
     """Of the two, or of the one that both are."""
     state: fs.Fetching
+    opened: float
     idle_since: float
     block_bytes: int
     """Of the holder's blocks."""

@@ -153,6 +153,7 @@ TRANSPORTS = {
     "zmq over ipc": Shape(transports=("zmq",)),
     "zmq over tcp": Shape(transports=("zmq",), kv_scheme="tcp"),
     "shm": Shape(transports=("shm",)),
+    "gloo": Shape(transports=("gloo",)),
 }
 
 

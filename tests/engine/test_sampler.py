@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from engine.request import EngineRequest
-from engine.sampler import prompt_logprobs, sample, uniform
+from engine.sampler import prompt_logprobs, sample, uniform, uniforms
 from engine.sim_engine import splitmix64
 from mesh.messages import TokenLogprob
 from mesh.params import SamplingParams
@@ -196,6 +196,14 @@ def test_the_random_number_is_a_function_of_seed_choice_and_position() -> None:
     assert uniform(7, 1, 100) == (word >> 11) / 2**53 == 0.383729909613153, "peers of other versions must agree"
 
 
+@pytest.mark.parametrize("rows", [1, 15, 16, 100])
+def test_the_random_numbers_of_many_rows_are_those_of_each(rows: int) -> None:
+    params = [asks(seed=2**63 + 12345 * i, choice=i).params for i in range(rows)]
+    positions = list(range(7, 7 + rows))
+    each = [uniform(p.seed, p.choice, position) for p, position in zip(params, positions, strict=True)]
+    assert uniforms(params, positions) == each
+
+
 def test_random_numbers_of_neighbours_are_not_correlated() -> None:
     u = np.array([[uniform(seed, 0, p) for p in range(200)] for seed in range(100)])
     assert abs(u.mean() - 0.5) < 0.01
@@ -222,7 +230,7 @@ def test_a_tiny_temperature_is_greedy_not_a_crash(temperature: float) -> None:
 
 
 def test_the_largest_random_number_draws_the_last_kept_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.sampler.uniform", lambda *_: 1.0 - 2.0**-53)
+    monkeypatch.setattr("engine.sampler.uniforms", lambda params, _: [1.0 - 2.0**-53] * len(params))
     logits = random_logits(50)
     requests = [asks(top_k=3)] * 50
     last_kept = [max(row.topk(3).indices.tolist()) for row in logits]
@@ -230,7 +238,7 @@ def test_the_largest_random_number_draws_the_last_kept_token(monkeypatch: pytest
 
 
 def test_the_smallest_random_number_draws_the_first_kept_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.sampler.uniform", lambda *_: 0.0)
+    monkeypatch.setattr("engine.sampler.uniforms", lambda params, _: [0.0] * len(params))
     logits = random_logits(50)
     assert tokens_of(logits, [asks(top_k=3)] * 50) == [min(row.topk(3).indices.tolist()) for row in logits]
 

@@ -115,6 +115,14 @@ def test_a_holder_that_dies_in_the_middle_is_made_good_by_the_other(tmp_path: Pa
         assert sent(b) == 4000
 
 
+@pytest.mark.parametrize("tokens", [-(2**63), 2**63 - 1])
+def test_a_claim_that_cannot_be_is_worth_nothing_or_all(tmp_path: Path, tokens: int) -> None:
+    with among(tmp_path, 2) as (pair, (a, b)):
+        b.hold(range(8))
+        gather(pair, [KvHolder(a.endpoint.peer, tokens, 0), *claims((b, 8))], wanted(range(8)))
+        complete(pair, 8)
+
+
 def test_a_holder_whose_address_is_none_is_made_good_by_the_other(tmp_path: Path) -> None:
     with among(tmp_path, 1) as (pair, (a,)):
         a.hold(range(8))
