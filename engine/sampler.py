@@ -3,8 +3,9 @@
     logits ─ penalties ─ logit_bias ─ min_tokens ─ bad_words ─ allowed_token_ids ─ grammar ─┬─ log-probabilities
                                                                                             └─ draw (kernels.sampling)
 
-Nothing waits for the device before the tokens are read. A row's result depends on its logits, its params and its tokens only, never on the rows beside it: the random number is
-a pure function of (seed, choice, position), sums run over token ids in order, and ties are settled by token id.
+A row's result depends on its logits, its params and its tokens only, never on the rows beside it: the random number is
+a pure function of (seed, choice, position), sums run over token ids in order, and ties are settled by token id. Nothing
+waits for the device before the tokens are read.
 """
 
 from __future__ import annotations
