@@ -70,7 +70,7 @@ class Proxy:
 
     def peer(self, worker: str) -> Peer:
         info = self.workers[worker]
-        return Peer(info.worker_id, info.incarnation, info.kv_address, info.host)
+        return Peer(info.worker_id, info.incarnation, info.kv_address, info.host, info.layout)
 
     def deltas(self, timeout_s: float) -> Iterator[TokenDelta]:
         """Of the messages that come until some hold tokens."""

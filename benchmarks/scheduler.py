@@ -28,6 +28,7 @@ from kernels.operators import StaticBuilder, StaticOperators
 from kernels.sampling import Draws, draw
 from mesh.layout import KvLayout
 from mesh.params import SamplingParams
+from mesh.pieces import Piece
 
 BLOCK_TOKENS = 16
 TOKEN = 7
@@ -51,6 +52,9 @@ class NoModel:
         raise NotImplementedError
 
     def write_block(self, block: int, payload: bytes | memoryview) -> None:
+        raise NotImplementedError
+
+    def write_parts(self, payload: bytes | memoryview, theirs: KvLayout, parts: Sequence[tuple[int, Piece]]) -> None:
         raise NotImplementedError
 
 

@@ -4,10 +4,12 @@
 
 One process holds blocks, this one fetches them through two `KvEndpoint`s, digests checked, and copies each into its
 page, as a decode worker does. GB/s count payload bytes once, from `fetch` to `FetchEnded`. `memcpy` copies blocks of
-the same size over the same amount of memory with numpy, in the same rounds; `ratio` is transport / memcpy. `local` runs
-holder and fetcher in this one process and moves no bytes but into the pages. `zmq-aes` is `zmq-tcp` with `--keys`.
-`raw-tcp` is ZeroMQ alone: the same parts over tcp into the same pages, without a protocol, digest or window. Two more
-ratios compare within the run: `zmq-aes` / `zmq-tcp`, and `zmq-tcp` / `raw-tcp`.
+the same size over the same amount of memory with numpy, in the same rounds. `ratio` is transport / memcpy, of the best
+rounds; `cpu` is the same of processor time, memcpy's / that of the busier process, of the medians: what two idle
+processors would reach, and the steadier figure on a machine that others use. `local` runs holder and fetcher in this
+one process and moves no bytes but into the pages. `zmq-aes` is `zmq-tcp` with `--keys`. `raw-tcp` is ZeroMQ alone: the
+same parts over tcp into the same pages, without a protocol, digest or window. Two more ratios compare within the run:
+`zmq-aes` / `zmq-tcp`, and `zmq-tcp` / `raw-tcp`.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
+import torch
 import zmq
 
-from kvtransfer.linktest import ROUTES, Context, Pages, copy_once, link_times, started
+from kvtransfer.linktest import ROUTES, Context, Pages, Spent, copy_once, link_times, spent, started
 from kvtransfer.transports.base import parcel_bytes
+from kvtransfer.transports.choice import unfit
 
 BLOCK_KIB = (16, 192, 1024, 2048)
 RAW = "raw-tcp"
@@ -43,6 +48,8 @@ class Figure:
     median_gb_per_s: float
     ratio: float
     """Best round beside the best of memcpy."""
+    cpu: float
+    """Likewise by the medians of processor time."""
 
 
 def serve_raw(kib: int) -> None:
@@ -73,14 +80,14 @@ def fetch_raw(socket: zmq.Socket[bytes], pages: Pages) -> float:
     return time.perf_counter() - began
 
 
-def measure_raw(kib: int, pages: Pages, rounds: int) -> list[float]:
+def measure_raw(kib: int, pages: Pages, rounds: int) -> list[Spent]:
     context: Context = zmq.Context()
-    with started(__file__, "--serve-raw", str(kib)) as address, context.socket(zmq.DEALER) as socket:
+    with started(__file__, "--serve-raw", str(kib)) as (address, pid), context.socket(zmq.DEALER) as socket:
         socket.linger = 0
         socket.rcvhwm = RAW_QUEUE
         socket.connect(address)
         fetch_raw(socket, pages)
-        times = [fetch_raw(socket, pages) for _ in range(rounds)]
+        times = [spent(partial(fetch_raw, socket, pages), pid) for _ in range(rounds)]
     context.term()
     return times
 
@@ -90,16 +97,21 @@ def measure(kib: int, mib: int, rounds: int) -> list[Figure]:
     pages = np.zeros((blocks, kib << 10), dtype=np.uint8)
     source = np.ones_like(pages)
     size = pages.nbytes / 1e9
-    copies = [copy_once(source, pages) for _ in range(rounds)]
-    times: dict[str, list[float]] = {"memcpy": copies}
+    copy = partial(spent, partial(copy_once, source, pages), os.getpid())
+    copies = [copy() for _ in range(rounds)]
+    times: dict[str, list[Spent]] = {"memcpy": copies}
     times[RAW] = measure_raw(kib, pages, rounds)
-    for route in ROUTES:
+    for route in (r for r in ROUTES if not unfit(r, "cuda" if torch.cuda.is_available() else "cpu")):
         times[route] = link_times(route, pages, rounds)
-        copies += [copy_once(source, pages) for _ in range(2)]
-    best = size / min(copies)
-    return [
-        Figure(name, kib, size / min(t), size / statistics.median(t), size / min(t) / best) for name, t in times.items()
-    ]
+        copies += [copy() for _ in range(2)]
+    return [_figure(name, kib, size, taken, copies) for name, taken in times.items()]
+
+
+def _figure(name: str, kib: int, size: float, taken: list[Spent], copies: list[Spent]) -> Figure:
+    best = min(t.seconds for t in taken)
+    ratio = min(t.seconds for t in copies) / best
+    cpu = statistics.median(t.cpu_seconds for t in copies) / statistics.median(t.cpu_seconds for t in taken)
+    return Figure(name, kib, size / best, size / statistics.median(t.seconds for t in taken), ratio, cpu)
 
 
 def main() -> None:
@@ -115,12 +127,15 @@ def main() -> None:
     if args.json:
         print(json.dumps({"mib": args.mib, "cpus": os.cpu_count(), "figures": [asdict(f) for f in figures]}))
         return
-    print(f"{'transport':<10}{'block':>10}{'GB/s best':>12}{'median':>9}{'ratio':>8}")
+    print(f"{'transport':<10}{'block':>10}{'GB/s best':>12}{'median':>9}{'ratio':>8}{'cpu':>8}")
     for f in figures:
-        print(f"{f.transport:<10}{f.block_kib:>6} KiB{f.gb_per_s:>12.2f}{f.median_gb_per_s:>9.2f}{f.ratio:>8.2f}")
+        rates = f"{f.gb_per_s:>12.2f}{f.median_gb_per_s:>9.2f}{f.ratio:>8.2f}{f.cpu:>8.2f}"
+        print(f"{f.transport:<10}{f.block_kib:>6} KiB{rates}")
     for kib in BLOCK_KIB:
-        best = {f.transport: f.gb_per_s for f in figures if f.block_kib == kib}
-        ratios = "   ".join(f"{a} / {b} {best[a] / best[b]:.2f}" for a, b in COMPARED)
+        of = {f.transport: f for f in figures if f.block_kib == kib}
+        ratios = "   ".join(
+            f"{a} / {b} {of[a].gb_per_s / of[b].gb_per_s:.2f} (cpu {of[a].cpu / of[b].cpu:.2f})" for a, b in COMPARED
+        )
         print(f"{kib:>4} KiB   {ratios}")
 
 

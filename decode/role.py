@@ -22,10 +22,11 @@ from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted
 from kvtransfer.endpoint import Event as KvEvent
 from kvtransfer.protocol import Wanted
 from mesh.errors import BadFrame
+from mesh.layout import KvLayout
 from mesh.messages import Abort, Decode, KvHolder, Peer, Prefill, PrefillReport
 from worker.firsttoken import FirstToken
 from worker.links import ProxyLink
-from worker.role import Job, Parts, engine_request, new_transfer_id
+from worker.role import Job, Parts, converted_from, engine_request, new_transfer_id, same_layout
 from worker.steploop import Expected, Rejected, Stepped
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,10 @@ class DecodeJob(Job):
     recompute_limit: int = 0
     source: Peer | None = None
     holders: tuple[KvHolder, ...] = ()
+    theirs: KvLayout | None = None
+    """What the blocks that come are converted from."""
     missing: tuple[Missing, ...] = ()
+    """Of the source's blocks."""
     transfer_id: bytes = b""
     began: float = 0.0
     """When the fetch began."""
@@ -85,12 +89,13 @@ class DecodeRole:
         job.num_generated = job.num_tokens - message.num_prompt_tokens
         job.recompute_limit = message.recompute_limit
         job.source = message.source
-        job.holders = message.holders
+        layout, job.holders = same_layout(message.source, message.holders)
+        job.theirs = converted_from(self._parts.kv.layout, layout)
         self._jobs[job.request_id] = job
         self._by_key[job.key] = job
         request = engine_request(message, now)
         if job.source is not None or job.holders:
-            self._parts.loop.expect(request)
+            self._parts.loop.expect(request, job.theirs)
         else:
             self._parts.loop.add(request)
 
@@ -139,7 +144,7 @@ class DecodeRole:
         job.transfer_bytes += len(event.payload)
         if job.first is None:
             job.bytes_before_first += len(event.payload)
-        self._parts.loop.fill(job.key, event.index, event.payload)
+        self._parts.loop.fill(job.key, event.index, event.payload, job.theirs)
 
     def _noted(self, event: Noted) -> None:
         job = self._by_transfer.get(event.transfer_id)
@@ -185,7 +190,9 @@ class DecodeRole:
         holes = [m.index for m in job.missing if m.index not in job.arrived]
         if not holes:
             return 0
-        return job.num_tokens - min(holes) * self._parts.kv.layout.block_tokens
+        own = self._parts.kv.layout
+        whole = min(holes) * (job.theirs or own).block_tokens // own.block_tokens
+        return job.num_tokens - whole * own.block_tokens
 
     def stepped(self, event: Stepped) -> None:
         for out in event.output.tokens:

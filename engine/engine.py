@@ -22,6 +22,7 @@ from engine.request import EngineRequest, RequestState
 from engine.scheduler import EngineConfig, Scheduler
 from engine.step import BlockReady, Failed, Missing, Row, Runner, Sampled, StepOutput, TokenOut
 from mesh.blockhash import BlockHash
+from mesh.layout import KvLayout
 from mesh.messages import Load
 
 __all__ = ["CannotFit", "Engine", "EngineConfig"]
@@ -68,16 +69,19 @@ class Engine:
         self._take_in(request)
         self._scheduler.enqueue(request)
 
-    def expect(self, request: EngineRequest) -> tuple[Missing, ...]:
+    def expect(self, request: EngineRequest, theirs: KvLayout | None = None) -> tuple[Missing, ...]:
         """Takes the request in, FETCHING: it holds its cached blocks from now on. Returns the blocks it lacks of those
-        that cover all its tokens, the partly filled last one included. Raises `CannotFit`."""
+        that cover all its tokens, the partly filled last one included; or, of a worker whose layout is `theirs`, the
+        blocks that have something of these. Raises `CannotFit`."""
         self._take_in(request)
         request.state = RequestState.FETCHING
-        return self._fetching.begin(request)
+        return self._fetching.begin(request, theirs)
 
-    def fill(self, key: str, index: int, payload: bytes | memoryview) -> bool:
-        """Verified bytes of a block named by `expect`, accepted once. False: nobody lacks that block (any more), the
-        size is wrong, or no page is left; it then counts as a miss."""
+    def fill(self, key: str, index: int, payload: bytes | memoryview, theirs: KvLayout | None = None) -> bool:
+        """Verified bytes of a block named by `expect`, of the same layout. False: nobody lacks anything of that block
+        (any more), the size is wrong, or no page is left; it then counts as a miss."""
+        if theirs is not None:
+            return self._fetching.fill_parts(key, index, payload, theirs)
         return self._fetching.fill(key, index, payload)
 
     def ready(self, key: str, new_tokens: Sequence[int] = ()) -> int:

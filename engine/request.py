@@ -58,6 +58,8 @@ class EngineRequest:
     """Pages of positions `[0, len(block_table) * block_tokens)`; empty while FETCHING."""
     fetched_pages: dict[int, int] = field(default_factory=dict)
     """While FETCHING: the page of each block (by its position) that is here already; later empty."""
+    partial_pages: dict[int, int] = field(default_factory=dict)
+    """While FETCHING from a worker of another layout: the page of each block of which only parts have come."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Names of the full blocks of `tokens`, extended as they are needed."""
     num_sealed_blocks: int = 0

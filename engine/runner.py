@@ -23,10 +23,12 @@ from engine.request import EngineRequest
 from engine.sampler import prompt_logprobs, sample
 from engine.step import Row, Sampled
 from kernels.blocks import allocate_pool, read_block, write_block
+from kernels.conversion import numbers_of, write_part
 from kernels.upload import upload
 from mesh.errors import EXIT_ENVIRONMENT, EXIT_MEMORY, EXIT_USAGE, StartupError
 from mesh.layout import KvLayout
 from mesh.messages import TokenLogprob
+from mesh.pieces import Piece
 
 LOGIT_BYTES = 64 << 20
 """Prompt log-probabilities are computed in slices: a whole chunk's logits can be larger than the model."""
@@ -140,6 +142,13 @@ class ModelRunner:
         """Overwrites the page; `len(payload) == layout.block_bytes`."""
         write_block(self._pool, block, payload)
 
+    @torch.inference_mode()
+    def write_parts(self, payload: bytes | memoryview, theirs: KvLayout, parts: Sequence[tuple[int, Piece]]) -> None:
+        """Writes parts of one block of a worker whose layout is `theirs`, each into its page, converted."""
+        numbers = numbers_of(payload, theirs.shape, getattr(torch, theirs.dtype), self._device)
+        for block, piece in parts:
+            write_part(self._pool, block, piece.target, numbers, piece.source)
+
     def _forward(self, rows: Sequence[Row]) -> tuple[Tensor, list[int]]:
         """Hidden states `[tokens, hidden]` and, per row, the index of its first token in them."""
         # Neighbours of like length share an attention batch.
@@ -230,9 +239,8 @@ def _context_length(wanted: int, config: ModelConfig, pool_tokens: int) -> int:
 
 
 def _allocate_pool(layout: KvLayout, num_blocks: int, device: torch.device) -> Tensor:
-    shape = (num_blocks, layout.layers, 2, layout.kv_heads, layout.block_tokens, layout.head_dim)
     try:
-        return allocate_pool(shape, getattr(torch, layout.dtype), device)
+        return allocate_pool((num_blocks, *layout.shape), getattr(torch, layout.dtype), device)
     except (RuntimeError, MemoryError, OSError):
         size = num_blocks * layout.block_bytes
         raise StartupError(f"cannot allocate a KV pool of {size} bytes on {device}", EXIT_MEMORY) from None

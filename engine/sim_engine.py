@@ -27,6 +27,7 @@ from engine.step import Row, Sampled
 from mesh.errors import GrammarError
 from mesh.layout import KvLayout
 from mesh.messages import TokenLogprob
+from mesh.pieces import Piece
 from mesh.settings import WorkerSettings
 
 Words = npt.NDArray[np.uint64]
@@ -143,6 +144,12 @@ class SimRunner:
     def write_block(self, block: int, payload: bytes | memoryview) -> None:
         """Overwrites the page; raises `ValueError` for a payload of another size than `block_bytes`."""
         self._pool[block] = np.frombuffer(payload, np.uint64).reshape(self.layout.block_tokens)
+
+    def write_parts(self, payload: bytes | memoryview, theirs: KvLayout, parts: Sequence[tuple[int, Piece]]) -> None:
+        """Writes parts of one block of another simulated worker, whose blocks may have another size."""
+        words = np.frombuffer(payload, np.uint64).reshape(theirs.block_tokens)
+        for block, piece in parts:
+            self._pool[block, piece.target[1]] = words[piece.source[1]]
 
     def _write_single(self, rows: Sequence[Row]) -> None:
         size = self.layout.block_tokens

@@ -13,6 +13,7 @@ from typing import Protocol
 from engine.request import EngineRequest
 from mesh.layout import KvLayout
 from mesh.messages import TokenLogprob
+from mesh.pieces import Piece
 
 
 @dataclass(slots=True)
@@ -61,16 +62,19 @@ class Runner(Protocol):
     def write_block(self, block: int, payload: bytes | memoryview) -> None:
         """Overwrites the page; `len(payload) == layout.block_bytes`."""
 
+    def write_parts(self, payload: bytes | memoryview, theirs: KvLayout, parts: Sequence[tuple[int, Piece]]) -> None:
+        """Writes parts of one block of a worker whose layout is `theirs`, each into its page, converted."""
+
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """A block that a fetching request lacks."""
+    """A block to be fetched, of the size that the worker it is fetched from has."""
 
     index: int
-    """Position in the request's block table."""
+    """Position in the request's block table, as that worker has it."""
     hash: bytes
     valid_tokens: int
-    """`block_tokens`, or fewer for the partly filled last block."""
+    """A whole block's tokens, or fewer for the partly filled last block."""
 
 
 @dataclass(slots=True)

@@ -20,9 +20,9 @@ from kvtransfer.protocol import (
 
 def refused(state: Holding, link: bytes, fetch: Fetch) -> tuple[str, str] | None:
     """The code and detail of a `Refusal`, or None when the transfer may begin."""
-    field = state.layout.refused_field(fetch.layout)
-    if field is not None:
-        return "layout", field
+    difference = state.layout.difference(fetch.layout)
+    if difference:
+        return "layout", difference
     malformed = _malformed(state, fetch)
     if malformed is not None:
         return "malformed", malformed

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kvtransfer.doctor_fleet import Finding, exchanges
 from kvtransfer.linktest import Pages, copy_once, link_times
 from kvtransfer.pairing import NO_KEYS, Pair, pairs
 from kvtransfer.transports import inline
@@ -54,15 +55,6 @@ NAMES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at."""
-
-    state: str
-    """`ok`, `note` (it works, and could be better), `fail`."""
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class Link:
     """One way between two processes of this host."""
 
@@ -89,10 +81,13 @@ def main(argv: Sequence[str]) -> int:
         links.append(link)
     used = which(links, settings)
     say(f"\nwhat two workers use\n{_lines(used)}")
+    fleet = exchanges(settings.url) if settings.url else []
+    if fleet:
+        say(f"\nwhat the workers of {redact(settings.url)} convert\n{_lines(fleet)}")
     if settings.json:
-        parts: dict[str, Sequence[Finding | Link]] = {"host": findings, "links": links, "pairs": used}
+        parts: dict[str, Sequence[Finding | Link]] = {"host": findings, "links": links, "pairs": used, "fleet": fleet}
         print(json.dumps({name: [asdict(part) for part in found] for name, found in parts.items()}, indent=2))
-    broken = any(f.state == "fail" for f in (*findings, *used))
+    broken = any(f.state == "fail" for f in (*findings, *used, *fleet))
     return EXIT_ENVIRONMENT if broken else 0
 
 
@@ -111,7 +106,7 @@ def measure(mib: int, tried: Sequence[str]) -> Iterator[Link]:
     yield Link("copy", copy, 1.0)
     for route in tried:
         try:
-            speed = size / min(link_times(route, pages, ROUNDS))
+            speed = size / min(took.seconds for took in link_times(route, pages, ROUNDS))
         except (OSError, RuntimeError, StartupError) as error:
             yield Link(route, 0.0, 0.0, str(error))
         else:

@@ -103,7 +103,7 @@ class KvEndpoint:
         self._fetcher = Fetcher(context, *parts, keys)
         self._gatherer = Gatherer(self._fetcher, host, layout, clock, emit)
         self.address = self._holder.address
-        self.peer = Peer(worker_id, incarnation, self.address, host)
+        self.peer = Peer(worker_id, incarnation, self.address, host, layout)
         """How other workers name this endpoint."""
 
     def fetch(
@@ -117,6 +117,8 @@ class KvEndpoint:
     ) -> None:
         """Asks `peer` for blocks; ends with `FetchEnded`, after `deadline_s` seconds at the latest.
 
+        Blocks are named, sized and delivered as `peer` has them, in its layout; it is refused when no block of it could
+        be converted to this endpoint's.
         With a `stream`, the transfer lasts until the peer closes it and hears its notes (so `wanted` may be empty).
         With an empty `stream`, it brings what the peer holds now. `transfer_id` is 16 random bytes, used once.
         """
@@ -134,8 +136,8 @@ class KvEndpoint:
         deadline_s: float,
     ) -> None:
         """As `fetch`, from several workers at once: what `holders` have comes from them, the rest from the `maker` of
-        `stream`, if there is one; what one has not got or fails to bring is asked of the others. One transfer to the
-        caller: each block and note once, and one `FetchEnded` that misses what could be had from nobody."""
+        `stream`, if there is one, all in one layout; what one has not got or fails to bring is asked of the others. One
+        transfer to the caller: each block and note once, and one `FetchEnded` that misses what nobody had."""
         self._check_fetch(transfer_id, wanted)
         self._gatherer.gather(transfer_id, attempt, maker, stream, holders, wanted, deadline_s)
 

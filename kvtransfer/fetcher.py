@@ -14,7 +14,7 @@ from kvtransfer.events import BlockArrived, Counters, Event, FetchEnded, Noted
 from kvtransfer.integrity import is_intact, seal, unseal
 from kvtransfer.link import Heard, Link, LinkKey
 from kvtransfer.messages import BlockHeader, Blocks, Offer, SlotsReturned
-from kvtransfer.protocol import MAX_CONTROL_BYTES, Wanted, window_blocks
+from kvtransfer.protocol import ANSWER_S, MAX_CONTROL_BYTES, Wanted, window_blocks
 from kvtransfer.sockets import (
     DENIED,
     FAILED_CONNECTS,
@@ -34,11 +34,11 @@ from kvtransfer.transports.base import Landing, Payload, Transport, TransportFau
 from kvtransfer.transports.choice import offers
 from kvtransfer.transports.inline import NAME as INLINE
 from kvtransfer.transports.pool import BufferPool
-from mesh.errors import BadFrame
+from mesh.errors import BadFrame, KvmeshError
 from mesh.keys import Keys
 from mesh.layout import KvLayout
 from mesh.messages import Peer
-from mesh.wire import Envelope
+from mesh.wire import KV, Envelope
 
 RECEIVE_MESSAGES = 64
 RECEIVE_BYTES = 8 << 20
@@ -56,6 +56,12 @@ MAX_BEHIND = 1024
 MAX_WAITING = 2048
 """Messages kept for a holder that has not greeted yet; the fetches among them end by their deadline."""
 WATCHED = LOST | RETRIED
+NO_GREETING = "the holder's greeting did not come, or cannot be read"
+"""Nothing is said before it, so the next fetch needs another connection."""
+
+
+class PeerRefused(KvmeshError):
+    """This holder speaks another protocol, or none of its blocks can be converted to one's own layout."""
 
 
 class Fetcher:
@@ -125,8 +131,12 @@ class Fetcher:
             raise ValueError("a transfer id is used once")
         try:
             link = self._link_to(peer)
-        except (zmq.ZMQError, DialRefused) as error:  # an address that is none is a peer that cannot be reached
-            outcome = "refused" if isinstance(error, DialRefused) else "peer_lost"
+        except (
+            zmq.ZMQError,
+            DialRefused,
+            PeerRefused,
+        ) as error:  # an address that is none is a peer that cannot be reached
+            outcome = "peer_lost" if isinstance(error, zmq.ZMQError) else "refused"
             self._counters.end(outcome)
             missing = tuple(w.index for w in wanted)
             self._emit(FetchEnded(transfer_id, missing, outcome, 0, 0.0, 0, str(error)))
@@ -150,20 +160,27 @@ class Fetcher:
         return link
 
     def _open(self, key: LinkKey, peer: Peer) -> Link:
-        """Raises `zmq.ZMQError` or `DialRefused`."""
+        """Raises `zmq.ZMQError`, `DialRefused` or `PeerRefused`."""
+        version, layout = KV.common(peer.kv), peer.layout or self._layout
+        refused = self._layout.taking(layout).refused
+        if version is None:
+            raise PeerRefused(f"{peer.worker_id} speaks KV protocol {peer.kv} and this worker {KV}")
+        if refused:
+            raise PeerRefused(f"layout: {refused}")
         control, bulk = addresses(peer.kv_address, self._keys)
-        size = self._layout.block_bytes
+        size = layout.block_bytes
+        now = self._clock()
         state = fs.Fetching(
             self._me,
             peer.incarnation,
-            self._layout,
+            layout,
             offers(self._transports),
             (Offer(INLINE, self._transports[INLINE].scope),),
             window_blocks(size),
         )
         if not bulk or self._keys is None:
             dealer = open_dealer(self._context, control, size)
-            return Link(key, dealer, dealer, (monitor_of(dealer, WATCHED),), state, self._clock(), None)
+            return Link(key, dealer, dealer, (monitor_of(dealer, WATCHED),), state, now, now, size, version, None)
         name = new_link()
         dealer = open_dealer(self._context, control, size, keys=self._keys, link=name)
         greeting = hello(self._keys.transfer, name)
@@ -175,7 +192,7 @@ class Fetcher:
         inbound.send(greeting)
         monitors = (monitor_of(dealer, WATCHED | DENIED), monitor_of(inbound, WATCHED | DENIED))
         opener = Opener(self._keys.transfer, name, self._pool)
-        return Link(key, dealer, inbound, monitors, state, self._clock(), opener)
+        return Link(key, dealer, inbound, monitors, state, now, now, size, version, opener)
 
     def _apply(self, link: Link, event: fs.Event) -> None:
         link.state, effects = fetching.step(link.state, event, self._clock())
@@ -214,7 +231,7 @@ class Fetcher:
         )
 
     def _send(self, link: Link, message: object) -> None:
-        frame = seal(message, self._me, link.state.holder)
+        frame = seal(message, self._me, link.state.holder, link.version)
         if link.opener is not None and not link.opener.is_open:
             if len(link.waiting) < MAX_WAITING:
                 link.waiting.append(frame)
@@ -325,6 +342,7 @@ class Fetcher:
             opened = opener.open(frame, payload)
         except Unsealable as error:
             self._counters.drop(error.reason)
+            link.refused = link.refused if greeted else NO_GREETING
             return None
         if greeted:
             return opened
@@ -340,16 +358,16 @@ class Fetcher:
         arrivals = []
         at = 0
         for header in message.blocks:
-            part = payload[at : at + self._layout.block_bytes]
-            at += self._layout.block_bytes
-            arrivals.append(self._check(envelope, message, header, part))
+            part = payload[at : at + link.block_bytes]
+            at += link.block_bytes
+            arrivals.append(self._check(link, envelope, message, header, part))
         self._apply(
             link,
             fs.BlocksIn(envelope.sender, envelope.receiver, message.transfer_id, message.attempt, tuple(arrivals)),
         )
 
-    def _check(self, envelope: Envelope, message: Blocks, header: BlockHeader, part: Payload) -> fs.Arrival:
-        intact = len(part) == self._layout.block_bytes and is_intact(
+    def _check(self, link: Link, envelope: Envelope, message: Blocks, header: BlockHeader, part: Payload) -> fs.Arrival:
+        intact = len(part) == link.block_bytes and is_intact(
             header, message.transfer_id, message.attempt, envelope.sender, envelope.receiver, part
         )
         return fs.Arrival(header.index, header.name, header.valid_tokens, part, intact)
@@ -358,7 +376,7 @@ class Fetcher:
         """The bytes of the message's blocks, in our own memory or on their way there; none when they cannot be had."""
         place = message.place
         transport = self._transports.get(place.transport)
-        size = len(message.blocks) * self._layout.block_bytes
+        size = len(message.blocks) * link.block_bytes
         if transport is None:
             self._counters.drop("transport")
             return b""
@@ -418,7 +436,9 @@ class Fetcher:
         for link in list(self._links.values()):
             if link.behind:
                 self._land(link)
-            if link.state.transfers:
+            if link.opener is not None and not link.opener.is_open and now >= link.opened + ANSWER_S:
+                self._lose(link, NO_GREETING)
+            elif link.state.transfers:
                 self._apply(link, fs.Tick())
             elif now >= link.idle_since + LINK_IDLE_S:
                 self._close(link)

@@ -66,6 +66,7 @@ class Fetching:
     me: int
     holder: int
     layout: KvLayout
+    """The holder's: blocks are asked for and checked as it has them."""
     offers: tuple[Offer, ...]
     plain: tuple[Offer, ...]
     """Offers of a refetch: only what needs nothing shared, since a broken segment may be why."""

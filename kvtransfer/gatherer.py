@@ -14,7 +14,7 @@ from kvtransfer.events import BlockArrived, Event, FetchEnded, Noted
 from kvtransfer.fetcher import Fetcher
 from kvtransfer.gathering import Gathering, Source
 from kvtransfer.pace import Pace
-from kvtransfer.protocol import TRANSFER_ID_BYTES, Wanted, bits, mask_of
+from kvtransfer.protocol import MAX_INDEX, TRANSFER_ID_BYTES, Wanted, bits, mask_of
 from mesh.layout import KvLayout
 from mesh.messages import KvHolder, Peer
 
@@ -29,6 +29,7 @@ class Part:
     asked: int
     noted: bool
     """The stream's notes are heard on this one."""
+    began: float
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +69,7 @@ class Gatherer:
         emit: Callable[[Event], None],
     ) -> None:
         self._fetcher = fetcher
-        self._block_tokens = layout.block_tokens
+        self._layout = layout
         self._clock = clock
         self._emit = emit
         self._pace = Pace(host, layout)
@@ -92,12 +93,14 @@ class Gatherer:
         now = self._clock()
         by_index = {w.index: w for w in wanted}
         everything = mask_of(by_index)
-        full = mask_of(w.index for w in wanted if w.valid_tokens == self._block_tokens)
         made = () if maker is None else (KvHolder(maker, 0, 0),)
         others = tuple({h.peer: h for h in holders if h.peer != maker}.values())
+        layout = next((h.peer.layout for h in (*made, *others)), None) or self._layout
+        size = max(1, layout.block_tokens)  # a layout that is none is refused when its holder is asked
+        full = mask_of(w.index for w in wanted if w.valid_tokens == size)
         sources = (
             *(Source(everything, spare=True) for _ in made),
-            *(Source(full & ((1 << max(0, h.tokens) // self._block_tokens) - 1)) for h in others),
+            *(Source(full & ((1 << max(0, min(h.tokens // size, MAX_INDEX))) - 1)) for h in others),
         )
         gather = Gather(
             transfer_id,
@@ -131,8 +134,6 @@ class Gatherer:
             return (event,)
         gather = part.gather
         if isinstance(event, BlockArrived):
-            gather.state = gathering.arrived(gather.state, event.index)
-            gather.last_block_at = self._clock()
             return (BlockArrived(gather.transfer_id, event.index, event.payload),)
         if isinstance(event, Noted):
             return (Noted(gather.transfer_id, event.payload),) if part.noted else ()
@@ -155,6 +156,8 @@ class Gatherer:
         gather.parts.remove(event.transfer_id)
         gather.num_bytes += event.num_bytes
         gather.corrupt += event.corrupt
+        if event.num_bytes:
+            gather.last_block_at = max(gather.last_block_at, part.began + event.seconds)
         if not gather.stream or part.number:
             self._pace.learn(gather.holders[part.number].peer, event.num_bytes, event.seconds)
         if failed:
@@ -182,7 +185,7 @@ class Gatherer:
                 gather.transfer_id + gather.num_parts.to_bytes(8, "little"), digest_size=TRANSFER_ID_BYTES
             ).digest()
             gather.parts.append(part)
-            self._parts[part] = Part(gather, number, mask, noted)
+            self._parts[part] = Part(gather, number, mask, noted, self._clock())
             self._fetcher.fetch(
                 part,
                 gather.attempt,

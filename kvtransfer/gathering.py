@@ -1,8 +1,8 @@
 """One fetch over several holders: who is asked for what, and who next when one fails or has less than was thought.
 
-    plan ──asks──▶ holders ──arrived──▶ less is wanted
-      ▲                └──ended, with some of it missing──▶ that holder is not asked for those again (for nothing, if
-      └───────────────────────────────────────────────────── it failed), so every round leaves less to ask
+    plan ──asks──▶ holder ──ended──▶ what it brought is not wanted any more
+      ▲                        └───▶ what it did not bring it is not asked for again; if it failed, for nothing
+      └──────────────────────────────so every round leaves less to ask
 
 What is wanted, on its way from nobody and had by nobody is missing, and a miss is computed. A state is a value.
 """
@@ -32,7 +32,7 @@ class Gathering:
     """A fetch that has not ended."""
 
     wanted: int
-    """Neither here yet nor given up."""
+    """Not brought by anybody who is done."""
     sources: tuple[Source, ...]
 
     @property
@@ -52,17 +52,13 @@ def plan(state: Gathering, costs: Sequence[Cost]) -> tuple[Gathering, list[int]]
     return replace(state, sources=sources), asks
 
 
-def arrived(state: Gathering, index: int) -> Gathering:
-    """A block is here."""
-    return replace(state, wanted=state.wanted & ~(1 << index))
-
-
 def ended(state: Gathering, number: int, asked: int, missing: int, *, failed: bool) -> Gathering:
-    """A source is done with what it was `asked` for in one go, and has not brought `missing` of it. `failed`: it is
-    not to be asked again."""
+    """A source is done with what it was `asked` for in one go, and has brought all of it but `missing`. `failed`: it
+    is not to be asked again."""
     source = state.sources[number]
     source = replace(source, has=0 if failed else source.has & ~missing, asked=source.asked & ~asked)
-    return replace(state, sources=(*state.sources[:number], source, *state.sources[number + 1 :]))
+    sources = (*state.sources[:number], source, *state.sources[number + 1 :])
+    return Gathering(state.wanted & ~(asked & ~missing), sources)
 
 
 def stopped(state: Gathering) -> Gathering:

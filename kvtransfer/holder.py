@@ -100,8 +100,8 @@ class Holder:
         self._fresh_size = 0
         self._probes = 0
         self._probe_at = 0.0
-        self._sender = 0
-        """Incarnation in the envelope that is being answered."""
+        self._answering = (0, 0)
+        """Incarnation and version in the envelope that is being answered."""
 
     @property
     def sockets(self) -> list[Socket]:
@@ -164,7 +164,7 @@ class Holder:
             self._load(effect)
         elif isinstance(effect, hs.Send):
             self._flush_link(effect.link)  # what was produced before a message arrives before it
-            self._send(effect.link, seal(effect.message, self._me, self._fetcher_of(effect.link)), None)
+            self._send(effect.link, seal(effect.message, self._me, *self._fetcher_of(effect.link)), None)
         elif isinstance(effect, hs.Need):
             self._emit(NeedBlocks(effect.stream, effect.names))
         elif isinstance(effect, hs.WantsChanged):
@@ -176,9 +176,10 @@ class Holder:
         else:
             self._counters.drop(effect.reason)
 
-    def _fetcher_of(self, link: bytes) -> int:
+    def _fetcher_of(self, link: bytes) -> tuple[int, int]:
+        """Its incarnation, and the version of the protocol for it."""
         lease = self.state.leases.get(link)  # a link without a transfer is only ever answered
-        return lease.fetcher if lease is not None else self._sender
+        return (lease.fetcher, lease.version) if lease is not None else self._answering
 
     def _load(self, effect: hs.SendBlocks) -> None:
         """Puts blocks into the transfer's parcel; a full parcel leaves."""
@@ -232,7 +233,8 @@ class Holder:
             self._owner[slot] = key
         message = Blocks(parcel.transfer_id, parcel.attempt, place, headers)
         self._counters.sent(transport.name, parcel.size, len(parcel.blocks))
-        self._send(parcel.link, seal(message, self._me, parcel.fetcher), posted.frame)
+        version = self._fetcher_of(parcel.link)[1]
+        self._send(parcel.link, seal(message, self._me, parcel.fetcher, version), posted.frame)
 
     def _send(self, link: bytes, frame: bytes, payload: Payload | None) -> None:
         if self._sealing is not None:
@@ -307,8 +309,8 @@ class Holder:
         if isinstance(envelope.message, SlotsReturned):
             self._returned(link, envelope.message)
             return
-        self._sender = envelope.sender
-        self.apply(hs.Received(link, envelope.sender, envelope.receiver, envelope.message))
+        self._answering = (envelope.sender, envelope.version)
+        self.apply(hs.Received(link, envelope.sender, envelope.receiver, envelope.message, envelope.version))
 
     def receive_monitor(self) -> None:
         while (event := read_monitor(self.monitor)) is not None:
@@ -321,7 +323,7 @@ class Holder:
         if self._probes and self._clock() >= self._probe_at:
             self._probes, self._probe_at = self._probes - 1, self._clock() + PROBE_S
             for link, lease in self.state.leases.items():
-                self._send(link, seal(Standing(0, ()), self._me, lease.fetcher), None)
+                self._send(link, seal(Standing(0, ()), self._me, lease.fetcher, lease.version), None)
         self.flush()
 
     def close(self) -> None:

@@ -284,7 +284,7 @@ def _fetch(state: Holding, event: Received, fetch: Fetch, now: float, effects: l
     if known is not None and (known.attempt != fetch.attempt or known.stream != fetch.stream):
         effects.append(Dropped("attempt"))
         return state
-    lease = Lease(event.sender, now)
+    lease = Lease(event.sender, now, event.version)
     state = replace(state, leases={**state.leases, event.link: lease})
     if known is not None and fetch.round <= known.round:
         effects.append(Send(event.link, Standing(0, (known.stand,))))

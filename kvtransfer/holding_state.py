@@ -21,6 +21,7 @@ from kvtransfer.protocol import (
     Wanted,
 )
 from mesh.layout import KvLayout
+from mesh.wire import KV
 
 Payload = bytes | memoryview
 Key = tuple[bytes, bytes]
@@ -112,6 +113,8 @@ class Lease:
 
     fetcher: int
     heard_at: float
+    version: int = KV.highest
+    """Of the protocol, in which it is answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +193,13 @@ class ReleaseStream:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A control message, the connection it came on, and the incarnations in its envelope."""
+    """A control message, the connection it came on, and what its envelope says."""
 
     link: bytes
     sender: int
     receiver: int
     message: Any
+    version: int = KV.highest
 
 
 @dataclass(frozen=True, slots=True)

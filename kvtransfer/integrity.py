@@ -53,9 +53,10 @@ def is_intact(
     return header.length == len(payload) and expected == header.digest
 
 
-def seal(message: Any, sender: int, receiver: int) -> bytes:
-    """The control frame of `message`: ZeroMQ and loopback TCP deliver damaged frames as they are."""
-    frame = encode(message, sender, receiver)
+def seal(message: Any, sender: int, receiver: int, version: int = 0) -> bytes:
+    """The control frame of `message`: ZeroMQ and loopback TCP deliver damaged frames as they are. `version`: as in
+    `encode`."""
+    frame = encode(message, sender, receiver, version)
     return frame + bytes(xxhash.xxh3_64_digest(frame))
 
 

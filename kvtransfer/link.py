@@ -34,7 +34,12 @@ class Link:
     monitors: tuple[Socket, ...]
     """Of the two, or of the one that both are."""
     state: fs.Fetching
+    opened: float
     idle_since: float
+    block_bytes: int
+    """Of the holder's blocks."""
+    version: int
+    """Of the protocol, that both speak."""
     opener: Opener | None
     waiting: list[bytes] = field(default_factory=list)
     """What is to be said once the holder has greeted."""

@@ -20,9 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -97,14 +99,28 @@ def serve(route: str, folder: str, kib: int) -> None:
         station.turn(50)
 
 
+class Spent(NamedTuple):
+    """What one fetch took."""
+
+    seconds: float
+    cpu_seconds: float
+    """Processor time of the busier of the two processes, which says more than `seconds` where others compute too."""
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of all threads that the process has now."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+
+
 @contextmanager
-def started(*arguments: str) -> Iterator[str]:
-    """Another Python process, which prints an address; gives that."""
+def started(*arguments: str) -> Iterator[tuple[str, int]]:
+    """Another Python process, which prints an address; gives that and its process id."""
     process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
     try:
         if process.stdout is None:
             raise RuntimeError("no pipe to the holder")
-        yield process.stdout.readline().strip()
+        yield process.stdout.readline().strip(), process.pid
     finally:
         process.terminate()
         process.wait()
@@ -116,14 +132,15 @@ def started(*arguments: str) -> Iterator[str]:
 @contextmanager
 def holder(
     route: str, folder: str, kib: int, context: Context, exchange: Exchange
-) -> Iterator[tuple[Peer, Station | None]]:
+) -> Iterator[tuple[Peer, Station | None, int]]:
+    """A holder, in this process or (None) in the one with that id."""
     if route == "local":
         station = Station(context, route, folder, kib, exchange, 7)
-        yield station.endpoint.peer, station
+        yield station.endpoint.peer, station, os.getpid()
         station.endpoint.close()
         return
-    with started("-P", "-m", "kvtransfer.linktest", route, folder, str(kib)) as address:
-        yield Peer("7", 7, address, "bench"), None
+    with started("-P", "-m", "kvtransfer.linktest", route, folder, str(kib)) as (address, pid):
+        yield Peer("7", 7, address, "bench", layout_of(kib)), None, pid
 
 
 def fetch_once(station: Station, other: Station | None, peer: Peer, pages: Pages) -> float:
@@ -160,15 +177,22 @@ def copy_once(source: Pages, pages: Pages) -> float:
     return time.perf_counter() - began
 
 
-def link_times(route: str, pages: Pages, rounds: int) -> list[float]:
-    """Seconds of each of `rounds` fetches of all of `pages`, `[blocks, block_bytes]`, after one that is not counted.
+def spent(fetch: Callable[[], float], pid: int) -> Spent:
+    """What `fetch`, which gives its seconds, takes of this process and of the one with that id."""
+    before = (cpu_seconds(pid), time.process_time())
+    seconds = fetch()
+    return Spent(seconds, max(cpu_seconds(pid) - before[0], time.process_time() - before[1]))
+
+
+def link_times(route: str, pages: Pages, rounds: int) -> list[Spent]:
+    """Of each of `rounds` fetches of all of `pages`, `[blocks, block_bytes]`, after one that is not counted.
     Raises `RuntimeError` when a fetch does not bring everything."""
     kib, exchange, context = pages.shape[1] >> 10, Exchange(), Context()
-    with key_folder() as folder, holder(route, folder, kib, context, exchange) as (peer, other):
+    with key_folder() as folder, holder(route, folder, kib, context, exchange) as (peer, other, pid):
         station = Station(context, route, folder, kib, exchange, 9)
         try:
             fetch_once(station, other, peer, pages)
-            times = [fetch_once(station, other, peer, pages) for _ in range(rounds)]
+            times = [spent(partial(fetch_once, station, other, peer, pages), pid) for _ in range(rounds)]
             carried = {name for name, size in station.endpoint.stats().bytes_in.items() if size}
         finally:
             station.endpoint.close()

@@ -52,6 +52,7 @@ class Fetch:
     stream: str
     """Empty: no stream, only blocks that are held now."""
     layout: KvLayout
+    """In which the fetcher expects the blocks, since that is the holder's; it converts them itself."""
     offers: tuple[Offer, ...]
     """In order of preference."""
     wanted: tuple[Wanted, ...]
@@ -151,7 +152,7 @@ class Refusal:
     code: str
     """`stale_incarnation`, `layout`, `busy`, `malformed`."""
     detail: str
-    """For `layout`: the first field that differs."""
+    """For `layout`: the first field that differs, with both values."""
 
 
 @message(41)

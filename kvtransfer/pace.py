@@ -44,5 +44,6 @@ class Pace:
         """What asking `holder` costs now, with so many blocks still to come from it."""
         peer = holder.peer
         unknown = SHARED_BYTES_PER_S if peer.host == self._host else REMOTE_BYTES_PER_S
-        block_s = self._layout.block_bytes / self._bytes_per_s.get((peer.kv_address, peer.incarnation), unknown)
+        size = (peer.layout or self._layout).block_bytes
+        block_s = size / self._bytes_per_s.get((peer.kv_address, peer.incarnation), unknown)
         return Cost(ROUND_S + LOAD_S * max(0, holder.load) + queued_blocks * block_s, block_s)

@@ -15,10 +15,10 @@ from kvtransfer.transports.choice import NCCL, unfit
 BEST_FIRST = (cuda.NAME, shm.NAME, NCCL, inline.NAME)
 """`local` is for endpoints of one process, `gloo` for tests: no pair of workers has a reason to use them."""
 NO_KEYS = "other hosts are refused before the fleet has keys (`kvmesh keys DIR`, --keys DIR)"
-Place = Callable[[str, Mapping[str, str]], str]
-"""What a place has against a transport, by what went wrong with the routes."""
 Against = Callable[[str], str]
 """Why two workers in one place cannot use a transport; empty: they can."""
+Objection = Callable[[str, Mapping[str, str]], str]
+"""The same, from what failed here too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Pair:
 def pairs(failures: Mapping[str, str], *, order: Sequence[str], device: str, sealed: bool) -> list[Pair]:
     """`failures`: what went wrong with each route that was tried, empty: nothing. `order`: `--transport`; `device`:
     `--device`; `sealed`: with `--keys`."""
-    places: dict[str, Place] = {
+    places: dict[str, Objection] = {
         "same host": _here,
         "containers of one host": _apart,
         "other hosts": partial(_far, sealed=sealed),
@@ -65,7 +65,7 @@ def _unasked(name: str, asked: Sequence[str]) -> str:
     return "--transport prefers another" if name in asked else "--transport does not name it"
 
 
-def _against(place: Place, failures: Mapping[str, str], device: str, name: str) -> str:
+def _against(place: Objection, failures: Mapping[str, str], device: str, name: str) -> str:
     return unfit(name, device) or place(name, failures)
 
 

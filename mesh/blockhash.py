@@ -1,8 +1,12 @@
 """Names of KV blocks: a keyed BLAKE2b-128 chain over the tokens that they and everything before them hold.
 
-A block's name depends on the model, the KV layout, the tenant's secret and every token up to the block's end, so
-equal names mean equal bytes whoever computed them, and a name cannot be guessed across tenants. A partly filled
-block has a name too: the hash of its parent and the tokens it holds so far.
+A block's name depends on the model, the tenant's secret and every token up to the block's end, so equal names mean the
+same content whoever computed it, and a name cannot be guessed across tenants. A partly filled block has a name too: the
+hash of its parent and the tokens it holds so far.
+
+What the bytes look like is no part of a name: workers of one fleet may keep them in unequal formats, and a fetcher
+converts. The number of tokens per block is one by nature: chains over 16 and over 64 tokens have no name in common. A
+worker keeps the names of its own block size alone, and whoever asks it for blocks computes those.
 """
 
 from __future__ import annotations
@@ -11,21 +15,14 @@ from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from mesh.layout import KvLayout
-
 HASH_BYTES = 16
 BlockHash = bytes
 
 
-def root(model_digest: bytes, layout: KvLayout, adapter: str = "", secret: bytes = b"", salt: str = "") -> bytes:
+def root(model_digest: bytes, adapter: str = "", secret: bytes = b"", salt: str = "") -> bytes:
     """The chain's start. `secret` is the tenant's (server side); `salt` is the client's and can only narrow sharing."""
     h = blake2b(digest_size=HASH_BYTES, key=secret[:64], person=b"kvmesh-root")
-    for part in (
-        model_digest,
-        repr(layout).encode(),
-        adapter.encode(),
-        salt.encode(),
-    ):
+    for part in (model_digest, adapter.encode(), salt.encode()):
         h.update(len(part).to_bytes(4, "little"))
         h.update(part)
     return h.digest()
@@ -44,3 +41,13 @@ def chain(start: bytes, tokens: Sequence[int], block_tokens: int) -> list[BlockH
         parent = block_hash(parent, tokens[i : i + block_tokens])
         hashes.append(parent)
     return hashes
+
+
+def cut(start: bytes, tokens: Sequence[int], block_tokens: int) -> list[tuple[BlockHash, int]]:
+    """Name and number of tokens of every block of `tokens`, the partly filled last one included."""
+    blocks = [(name, block_tokens) for name in chain(start, tokens, block_tokens)]
+    rest = len(tokens) % block_tokens
+    if rest:
+        parent = blocks[-1][0] if blocks else start
+        blocks.append((block_hash(parent, tokens[len(tokens) - rest :]), rest))
+    return blocks

@@ -5,7 +5,8 @@ connection carries both directions. KV blocks travel between workers by `kvtrans
 
     worker                                   proxy
       Register, BlockEvents(reset) ────────▶   knows the worker and what it holds
-                                   ◀──────── Welcome
+                                   ◀──────── Welcome, in the highest version that both speak; all that follows too
+                                   ◀──────── or OtherVersions: that `Register` was in none of the proxy's
       Beat (from the step loop)    ────────▶   alive and making progress
                                    ◀──────── ProxyBeat: a worker frees what it holds for a silent proxy
                                    ◀──────── Prefill, Decode, Abort
@@ -14,11 +15,14 @@ connection carries both directions. KV blocks travel between workers by `kvtrans
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mesh.layout import KvLayout
 from mesh.params import SamplingParams
-from mesh.wire import TokenIds, message
+from mesh.wire import CONTROL, KV, TokenIds, Versions, message, since
+
+FIRST = Versions(5, 5)
+"""Of a process that does not say what it speaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,10 @@ class WorkerInfo:
     max_num_batched_tokens: int
     step_bound_s: float
     """No step of this worker takes longer; a longer silence of the step loop means it hangs."""
+    control: Versions = field(default=CONTROL, metadata=since(control=6, before=FIRST))
+    """Of this protocol, that the worker speaks."""
+    kv: Versions = field(default=KV, metadata=since(control=6, before=FIRST))
+    """Of the one that KV endpoints speak with each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,9 @@ class Peer:
     incarnation: int
     kv_address: str
     host: str
+    layout: KvLayout | None = field(metadata=since(control=6, before=None))
+    """Of the blocks that it gives; whoever fetches them converts. None: as one's own."""
+    kv: Versions = field(default=KV, metadata=since(control=6, before=FIRST))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +160,8 @@ class Welcome:
     proxy_id: str
     lease_s: float
     """A worker that has not heard from this proxy for so long frees what it holds for it."""
+    control: Versions = field(default=CONTROL, metadata=since(control=6, before=FIRST))
+    """Of this protocol, that the proxy speaks."""
 
 
 @message(3)
@@ -255,3 +268,11 @@ class Goodbye:
     """A worker leaves on purpose; everything it had is finished or handed back."""
 
     reason: str
+
+
+@message(12, every_version=True)
+@dataclass(frozen=True, slots=True)
+class OtherVersions:
+    """A frame came in a version that the proxy does not speak; these it does."""
+
+    control: Versions

@@ -151,5 +151,6 @@ class DoctorSettings:
     keys: str = _flag("directory of the fleet's keys, to look at them too", "")
     transport: str = _flag("the workers' --transport: which of the links they would use", "shm,zmq")
     device: str = _flag("the workers' --device", "cpu")
+    url: str = _flag("a proxy, to say what its workers convert as they exchange KV blocks: http://HOST:PORT", "")
     mib: int = _flag("how much each link moves per round", 64, minimum=1, maximum=4096)
     json: bool = _flag("print one JSON object", False)

@@ -3,6 +3,11 @@
 A message class is a frozen dataclass whose fields are `int`, `float`, `bool`, `str`, `bytes`, `TokenIds`, another such
 class, `X | None` or `tuple[X, ...]`. The coder of each class is built once from its annotations. Nothing but `BadFrame`
 leaves `decode`, whatever the bytes; every length is bounded before anything is allocated for it.
+
+There are two protocols, that of proxies and workers and that of KV endpoints, each with its own versions. A process
+speaks a range of them and says which; two use the highest that both speak. The version is in every frame. A later one
+only adds fields (`since`): in a frame of an earlier version they are left out, and take the value that they stood for
+before they existed.
 """
 
 from __future__ import annotations
@@ -10,14 +15,16 @@ from __future__ import annotations
 import types
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
+from functools import partial
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgpack
 
 from mesh.errors import BadFrame
 
-PROTOCOL = 5
+KV_TAGS = 32
+"""From this tag on, messages are of the KV protocol."""
 MAX_FRAME_BYTES = 64 << 20
 """A control frame: 16 M tokens as int32 is far above any context we serve."""
 MAX_ITEMS = 1 << 20
@@ -28,6 +35,33 @@ MAX_STR_BYTES = 1 << 16
 
 TokenIds = Annotated[tuple[int, ...], "int32"]
 """Token ids; one int32 array on the wire."""
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """Of one protocol, that a process speaks."""
+
+    lowest: int
+    highest: int
+
+    def common(self, other: Versions) -> int | None:
+        """The highest that both speak."""
+        version = min(self.highest, other.highest)
+        return version if version >= max(self.lowest, other.lowest) else None
+
+    def __str__(self) -> str:
+        return f"{self.lowest} to {self.highest}"
+
+
+CONTROL = Versions(5, 6)
+KV = Versions(5, 6)
+"""6 brought layouts that differ, and says what a process speaks; 5 is the first that is still understood."""
+
+
+def since(*, control: int = 0, kv: int = 0, before: Any) -> dict[str, Any]:
+    """The metadata of a field that exists from this version of a protocol on; `before` is what an earlier one means."""
+    return {"since": {"control": control, "kv": kv}, "before": before}
+
 
 M = TypeVar("M", bound=type)
 Encoder = Callable[[Any], Any]
@@ -41,30 +75,46 @@ class Envelope:
     sender: int
     receiver: int
     message: Any
+    version: int
+    """Of its protocol."""
 
 
-_by_tag: dict[int, tuple[type, Decoder]] = {}
-_by_type: dict[type, tuple[int, Encoder]] = {}
+class OtherVersion(BadFrame):
+    """A frame in a version that this process does not speak."""
 
 
-def message(tag: int) -> Callable[[M], M]:
-    """Class decorator: makes a frozen dataclass a top-level message with this tag."""
+_by_tag: dict[int, tuple[type, dict[int, Decoder]]] = {}
+_by_type: dict[type, tuple[int, int, dict[int, Encoder]]] = {}
+"""Tag, the highest version, and the encoder of each."""
+_OF_EVERY_VERSION: set[int] = set()
+"""Tags of messages that never change."""
+
+
+def message(tag: int, *, every_version: bool = False) -> Callable[[M], M]:
+    """Class decorator: makes a frozen dataclass a top-level message with this tag.
+
+    `every_version`: its form never changes, so that it is read whatever the version of its frame.
+    """
 
     def register(cls: M) -> M:
         if tag in _by_tag:
             raise ValueError(f"tag {tag} is taken by {_by_tag[tag][0].__name__}")
-        encoder, decoder = _coder(cls)
-        _by_tag[tag] = (cls, decoder)
-        _by_type[cls] = (tag, encoder)
+        protocol, versions = ("kv", KV) if tag >= KV_TAGS else ("control", CONTROL)
+        coders = {v: _coder(cls, protocol, v) for v in range(versions.lowest, versions.highest + 1)}
+        _by_tag[tag] = (cls, {v: decoder for v, (_, decoder) in coders.items()})
+        _by_type[cls] = (tag, versions.highest, {v: encoder for v, (encoder, _) in coders.items()})
+        if every_version:
+            _OF_EVERY_VERSION.add(tag)
         return cls
 
     return register
 
 
-def encode(msg: Any, sender: int, receiver: int = 0) -> bytes:
-    """The frame of `msg`; `sender` and `receiver` are the two processes' incarnations."""
-    tag, encoder = _by_type[type(msg)]
-    packed: bytes = msgpack.packb((PROTOCOL, tag, sender, receiver, encoder(msg)))
+def encode(msg: Any, sender: int, receiver: int = 0, version: int = 0) -> bytes:
+    """The frame of `msg`; `sender` and `receiver` are the two processes' incarnations. `version` 0: the highest."""
+    tag, highest, encoders = _by_type[type(msg)]
+    version = version or highest
+    packed: bytes = msgpack.packb((version, tag, sender, receiver, encoders[version](msg)))
     return packed
 
 
@@ -87,11 +137,14 @@ def decode(frame: bytes | memoryview) -> Envelope:
             max_str_len=MAX_STR_BYTES,
             max_bin_len=MAX_FRAME_BYTES,
         )
-        protocol, tag, sender, receiver, body = outer
-        if protocol != PROTOCOL:
-            raise BadFrame(f"protocol {protocol!r}; this process speaks {PROTOCOL}")
-        _, decoder = _by_tag[tag]
-        return Envelope(_int(sender), _int(receiver), decoder(body))
+        version, tag, sender, receiver, body = outer
+        if _int(tag) in _OF_EVERY_VERSION:
+            version = CONTROL.highest
+        protocol, versions = ("KV", KV) if tag >= KV_TAGS else ("control", CONTROL)
+        if not versions.lowest <= _int(version) <= versions.highest:
+            raise OtherVersion(f"{protocol} protocol {version}; this process speaks {versions}")
+        decoder = _by_tag[tag][1][version]
+        return Envelope(_int(sender), _int(receiver), decoder(body), version)
     except BadFrame:
         raise
     except Exception as error:  # whatever a hostile frame provokes is one kind of refusal
@@ -135,7 +188,7 @@ def _decode_tokens(value: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _coder_of(kind: Any) -> tuple[Encoder, Decoder]:
+def _coder_of(kind: Any, protocol: str, version: int) -> tuple[Encoder, Decoder]:
     if kind == TokenIds:
         return _encode_tokens, _decode_tokens
     if kind in (int, bool, str, bytes):
@@ -144,13 +197,13 @@ def _coder_of(kind: Any) -> tuple[Encoder, Decoder]:
         return _same, _float
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType) and len(args) == 2 and args[1] is type(None):
-        inner_encode, inner_decode = _coder_of(args[0])
+        inner_encode, inner_decode = _coder_of(args[0], protocol, version)
         return (
             lambda v: None if v is None else inner_encode(v),
             lambda v: None if v is None else inner_decode(v),
         )
     if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
-        item_encode, item_decode = _coder_of(args[0])
+        item_encode, item_decode = _coder_of(args[0], protocol, version)
 
         def decode_items(value: Any) -> tuple[Any, ...]:
             if type(value) is not tuple:
@@ -159,7 +212,7 @@ def _coder_of(kind: Any) -> tuple[Encoder, Decoder]:
 
         return lambda v: [item_encode(i) for i in v], decode_items
     if origin is tuple:
-        parts = [_coder_of(a) for a in args]
+        parts = [_coder_of(a, protocol, version) for a in args]
 
         def decode_parts(value: Any) -> tuple[Any, ...]:
             if type(value) is not tuple or len(value) != len(parts):
@@ -167,19 +220,26 @@ def _coder_of(kind: Any) -> tuple[Encoder, Decoder]:
             return tuple(decode(v) for (_, decode), v in zip(parts, value, strict=True))
 
         return lambda v: [encode(i) for (encode, _), i in zip(parts, v, strict=True)], decode_parts
-    return _coder(kind)
+    return _coder(kind, protocol, version)
 
 
-def _coder(cls: Any) -> tuple[Encoder, Decoder]:
+def _coder(cls: Any, protocol: str, version: int) -> tuple[Encoder, Decoder]:
     hints = get_type_hints(cls, include_extras=True)
-    names = [f.name for f in fields(cls)]
-    coders = [_coder_of(hints[n]) for n in names]
-    pairs = [(n, encode) for n, (encode, _) in zip(names, coders, strict=True)]
+    known = [f for f in fields(cls) if _since(f, protocol) <= version]
+    coders = [_coder_of(hints[f.name], protocol, version) for f in known]
+    pairs = [(f.name, encode) for f, (encode, _) in zip(known, coders, strict=True)]
     decoders = [decode for _, decode in coders]
+    before = {f.name: f.metadata["before"] for f in fields(cls) if f not in known}
+    make = partial(cls, **before) if before else cls
 
     def decode_fields(value: Any) -> Any:
         if type(value) is not tuple or len(value) != len(decoders):
             raise BadFrame(f"{cls.__name__}: wrong number of fields")
-        return cls(*[d(v) for d, v in zip(decoders, value, strict=True)])
+        return make(*[d(v) for d, v in zip(decoders, value, strict=True)])
 
     return lambda msg: [encode(getattr(msg, n)) for n, encode in pairs], decode_fields
+
+
+def _since(one: Field[Any], protocol: str) -> int:
+    version: int = one.metadata.get("since", {}).get(protocol, 0)
+    return version

@@ -20,10 +20,11 @@ from engine.step import TokenOut
 from kvtransfer.endpoint import BlockArrived, FetchEnded, StreamReleased
 from kvtransfer.endpoint import Event as KvEvent
 from kvtransfer.protocol import Wanted
+from mesh.layout import KvLayout
 from mesh.messages import Abort, Decode, KvHolder, Prefill, PrefillReport
 from worker.firsttoken import FirstToken
 from worker.links import ProxyLink
-from worker.role import Job, Parts, engine_request, new_transfer_id
+from worker.role import Job, Parts, converted_from, engine_request, new_transfer_id, same_layout
 from worker.steploop import Expected, Rejected, Stepped
 
 
@@ -32,6 +33,8 @@ class PrefillJob(Job):
     """A prompt that is computed here."""
 
     holders: tuple[KvHolder, ...]
+    theirs: KvLayout | None
+    """What the blocks that come are converted from."""
     transfer_id: bytes = b""
     """From the holders, while they bring something."""
     transfer_s: float = 0.0
@@ -58,7 +61,9 @@ class PrefillRole:
         if not isinstance(message, Prefill):
             self._parts.refuse_role(Job(message.request_id, message.attempt, link, deadline), message)
             return
-        job = PrefillJob(message.request_id, message.attempt, link, deadline, message.holders)
+        layout, holders = same_layout(None, message.holders)
+        theirs = converted_from(self._parts.kv.layout, layout)
+        job = PrefillJob(message.request_id, message.attempt, link, deadline, holders, theirs)
         known = self._jobs.get(message.request_id)
         if not self._parts.is_new(job, known, len(message.tokens)):
             return
@@ -69,7 +74,7 @@ class PrefillRole:
         self._parts.kv.open_stream(job.key)
         request = engine_request(message, self._parts.clock(), stop_after=1)
         if job.holders:
-            self._parts.loop.expect(request)
+            self._parts.loop.expect(request, job.theirs)
         else:
             self._parts.loop.add(request)
 
@@ -119,7 +124,8 @@ class PrefillRole:
         job = self._streams.get(event.key)
         if job is None or not job.holders:
             return
-        blocks = max(h.tokens for h in job.holders) // self._parts.kv.layout.block_tokens
+        block_tokens = (job.theirs or self._parts.kv.layout).block_tokens
+        blocks = max(h.tokens for h in job.holders) // block_tokens
         wanted = [Wanted(m.index, m.hash, m.valid_tokens) for m in event.missing if m.index < blocks]
         if not wanted:
             self._parts.loop.ready(job.key, ())
@@ -148,7 +154,7 @@ class PrefillRole:
         job = self._by_transfer.get(event.transfer_id)
         if job is not None:
             job.transfer_bytes += len(event.payload)
-            self._parts.loop.fill(job.key, event.index, event.payload)
+            self._parts.loop.fill(job.key, event.index, event.payload, job.theirs)
 
     def _fetched(self, event: FetchEnded) -> None:
         """Whatever the holders did not bring is computed."""

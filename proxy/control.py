@@ -23,7 +23,8 @@ from mesh.curve import Authenticator, check_address, is_ipc, serve
 from mesh.errors import EXIT_PORT, BadFrame, StartupError
 from mesh.heartbeats import set_heartbeats
 from mesh.keys import Keys
-from mesh.messages import ProxyBeat, Register, Welcome, WorkerInfo
+from mesh.messages import OtherVersions, ProxyBeat, Register, Welcome, WorkerInfo
+from mesh.wire import CONTROL
 from proxy.routing.place import Place
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ DRAIN_MESSAGES = 256
 """Read at one go; then the event loop's other tasks get their turn."""
 QUEUED_PER_WORKER = 100_000
 """Messages for a worker that reads slowly; one that is this far behind is not reading at all."""
+MAX_COMPLAINTS = 100
+"""Kinds of frames in another version that are remembered, so that each is logged once."""
 PEER_LIMIT = 8192
 """Connections remembered; workers that reconnect under new names push out the oldest."""
 
@@ -88,6 +91,9 @@ class ControlSocket:
         self._names: dict[Place, bytes] = {}
         self._forgotten: dict[Place, int] = {}
         """What each worker's last `Register` said."""
+        self._versions: dict[Place, int] = {}
+        """Of the protocol, in which each worker is told things."""
+        self._complaints: set[str] = set()
         self._pids: dict[Place, int] = {}
         """Open process descriptors of this machine's workers."""
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
@@ -138,18 +144,19 @@ class ControlSocket:
     def send(self, worker: Place, message: Any) -> bool:
         """False: the worker has no connection, or has stopped reading."""
         name = self._names.get(worker)
-        return name is not None and self._send(name, worker.incarnation, message)
+        return name is not None and self._send(name, worker.incarnation, message, self._versions[worker])
 
     def forget(self, worker: Place) -> None:
         """The incarnation is over; its connection means nothing any more."""
         self._unwatch(worker)
         self._forgotten.pop(worker, None)
+        self._versions.pop(worker, None)
         name = self._names.pop(worker, None)
         if name is not None:
             self._places.pop(name, None)
 
-    def _send(self, name: bytes, receiver: int, message: Any) -> bool:
-        frame = wire.encode(message, self._incarnation, receiver)
+    def _send(self, name: bytes, receiver: int, message: Any, version: int) -> bool:
+        frame = wire.encode(message, self._incarnation, receiver, version)
         try:
             self._socket.send_multipart((name, frame), zmq.NOBLOCK)
         except zmq.ZMQError:  # EHOSTUNREACH: not connected; EAGAIN: it does not read
@@ -184,6 +191,9 @@ class ControlSocket:
             if len(parts) != 2:
                 raise BadFrame(f"{len(parts) - 1} parts where one frame is expected")
             self._dispatch(name, wire.decode(parts[1]))
+        except wire.OtherVersion as error:
+            self.bad_frames += 1
+            self._not_understood(name, str(error))
         except BadFrame as error:
             self.bad_frames += 1
             log.debug("bad frame: %s", error)
@@ -194,7 +204,7 @@ class ControlSocket:
     def _dispatch(self, name: bytes, envelope: wire.Envelope) -> None:
         message = envelope.message
         if isinstance(message, Register):
-            self._register(name, envelope.sender, message)
+            self._register(name, envelope, message)
             return
         place = self._places.get(name)
         if place is None:
@@ -203,11 +213,18 @@ class ControlSocket:
             raise BadFrame(f"incarnation {envelope.sender} on the connection of {place}")
         self._handler.heard(place, message)
 
-    def _register(self, name: bytes, sender: int, message: Register) -> None:
+    def _not_understood(self, name: bytes, what: str) -> None:
+        """Whoever it is, is told what this proxy speaks; if there is no common version, both logs have the sentence."""
+        if what not in self._complaints and len(self._complaints) < MAX_COMPLAINTS:
+            self._complaints.add(what)
+            log.warning("a worker said something in %s", what)
+        self._send(name, 0, OtherVersions(CONTROL), CONTROL.highest)
+
+    def _register(self, name: bytes, envelope: wire.Envelope, message: Register) -> None:
         info = message.worker
         place = Place(info.worker_id, info.incarnation)
-        if sender != info.incarnation:
-            raise BadFrame(f"{info.worker_id} introduces incarnation {info.incarnation} as {sender}")
+        if envelope.sender != info.incarnation:
+            raise BadFrame(f"{info.worker_id} introduces incarnation {info.incarnation} as {envelope.sender}")
         before = self._names.get(place)
         known = (before, self._forgotten.get(place))
         if not self._handler.registered(info, moved=before is not None and known != (name, message.forgotten)):
@@ -217,18 +234,22 @@ class ControlSocket:
         owner = self._places.get(name)
         if owner is not None and owner != place:
             self._names.pop(owner, None)
+        # One `Register` in a lower version may be on its way behind the one that was understood.
+        version = max(info.control.common(CONTROL) or envelope.version, self._versions.get(place, 0))
+        self._versions[place] = version
         self._places[name] = place
         self._names[place] = name
         self._forgotten[place] = message.forgotten
         self._bound()
         self._watch(place, info)
-        self._send(name, info.incarnation, Welcome(self._proxy_id, LEASE_S))
+        self._send(name, info.incarnation, Welcome(self._proxy_id, LEASE_S), version)
 
     def _bound(self) -> None:
         while len(self._places) > PEER_LIMIT:
             place = self._places.pop(next(iter(self._places)))
             self._names.pop(place, None)
             self._forgotten.pop(place, None)
+            self._versions.pop(place, None)
 
     def _watch(self, place: Place, info: WorkerInfo) -> None:
         """Has the kernel tell us when the worker's process ends."""

@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from mesh import blockhash
 from mesh.messages import Abort, Decode, KvHolder, Prefill, Refused, TokenDelta
@@ -147,11 +148,9 @@ class MeshDispatcher:
             raise refusal
 
     def _generation(self, request: GenerateRequest, now: float) -> RunningGeneration:
-        identity = self._fleet.pool.identity
-        root = b""
-        if identity is not None:
-            root = blockhash.root(identity[0], identity[1], salt=request.cache_salt)
-        return RunningGeneration(request, identity, root, now + request.deadline_s)
+        digest = self._fleet.pool.digest
+        root = b"" if digest is None else blockhash.root(digest, salt=request.cache_salt)
+        return RunningGeneration(request, digest, root, now + request.deadline_s)
 
     def delta(self, worker: Place, delta: TokenDelta) -> None:
         choice = self._choices.get(delta.request_id)
@@ -256,11 +255,11 @@ class MeshDispatcher:
     def _route(self, choice: Choice, need: NeedRoute, now: float) -> Event:
         """Workers for a new attempt, if there are any and the retry budget allows it."""
         generation = choice.generation
-        if self._fleet.pool.identity != generation.identity:
+        if self._fleet.pool.digest != generation.digest:
             return NoRoute(Absence.NONE)  # the fleet serves another model now
         plan = self._placement.plan(
             len(generation.request.tokens) + len(choice.state.journal),
-            self._names(choice),
+            partial(self._names, choice),
             exclude=need.exclude,
             only=generation.choices[0].decode if choice.number and not need.retry else None,
             here_only=choice.number > 0 or generation.request.params.prompt_logprobs is not None,
@@ -276,17 +275,17 @@ class MeshDispatcher:
         choice.recompute_limit, choice.holders, choice.history = plan.recompute_limit, plan.holders, plan.history
         return Routed(plan.decode, plan.source, frozenset(r.place for r in plan.holders))
 
-    def _names(self, choice: Choice) -> list[int]:
-        """The full blocks of the prompt, and of what was generated since."""
+    def _names(self, choice: Choice, block_tokens: int) -> list[int]:
+        """The full blocks of the prompt, and of what was generated since, where they have so many tokens."""
         generation = choice.generation
-        identity = generation.identity
-        if identity is None or generation.request.params.prompt_logprobs is not None:
+        if generation.request.params.prompt_logprobs is not None:
             return []  # such a request computes its whole prompt
-        if not len(choice.state.journal) and generation.names is not None:
-            return generation.names
-        names = short_names(blockhash.chain(generation.hash_root, choice.tokens, identity[1].block_tokens))
+        known = generation.names.get(block_tokens)
+        if known is not None and not len(choice.state.journal):
+            return known
+        names = short_names(blockhash.chain(generation.hash_root, choice.tokens, block_tokens))
         if not len(choice.state.journal):
-            generation.names = names
+            generation.names[block_tokens] = names
         return names
 
     def _assign(self, choice: Choice, assign: Assign, now: float) -> Event | None:

@@ -87,6 +87,8 @@ class Fleet:
         if not outcome.accepted:
             self._complain(info.worker_id, outcome.reason)
             return False
+        if outcome.converts:
+            log.warning("%s converts KV blocks: %s", info.worker_id, outcome.converts)
         for place in outcome.forgotten:
             self._close(place)
         for place in outcome.lost:

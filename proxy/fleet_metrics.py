@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from mesh.layout import KvLayout
 from proxy.dispatcher import MeshDispatcher
 from proxy.fleet import Fleet
 
+LAYOUT = tuple([field.name for field in fields(KvLayout)])
 CAUSES = ("lost", "refused", "gap", "diverged")
 
 
@@ -33,6 +36,13 @@ class FleetCollector(Collector):
         for (role, state), count in sorted(states.items()):
             workers.add_metric([role, state], count)
         yield workers
+        layouts = GaugeMetricFamily(
+            "kvmesh_worker_layout", "1, with the layout of a worker's KV blocks.", labels=["worker", "role", *LAYOUT]
+        )
+        for worker in self._fleet.pool.workers():
+            values = [str(getattr(worker.info.layout, name)) for name in LAYOUT]
+            layouts.add_metric([worker.info.worker_id, worker.info.role, *values], 1)
+        yield layouts
         retries = CounterMetricFamily(
             "kvmesh_attempts_repeated",
             "Attempts after a choice's first, by why the last one ended.",

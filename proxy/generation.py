@@ -82,7 +82,6 @@ class ModelFacts:
     """What the workers say of the served model."""
 
     max_model_len: int
-    block_tokens: int
     digest: bytes
     """Of the model's weights and configuration."""
 

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mesh.errors import RequestError, internal_error
-from mesh.layout import KvLayout
 from mesh.params import SamplingParams
 from proxy.choice_events import ClientGone, Emit, Event, Fail, StopReached
 from proxy.generation import Chunk, GenerateRequest, Route
@@ -64,16 +63,16 @@ class RunningGeneration:
     def __init__(
         self,
         request: GenerateRequest,
-        identity: tuple[bytes, KvLayout] | None,
+        digest: bytes | None,
         hash_root: bytes,
         deadline: float,
     ) -> None:
         self.request = request
-        self.identity = identity
-        """(model digest, KV layout) of the workers it was submitted to."""
+        self.digest = digest
+        """Of the model of the workers it was submitted to."""
         self.hash_root = hash_root
-        self.names: list[int] | None = None
-        """The prompt's full blocks as the residency index knows them, once they are computed."""
+        self.names: dict[int, list[int]] = {}
+        """The prompt's full blocks as the residency index knows them, by a block's size, once they are computed."""
         self.deadline = deadline
         self.choices: list[Choice] = []
         self._feed: Feed | None = None

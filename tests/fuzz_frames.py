@@ -31,12 +31,14 @@ from kvtransfer import messages as kv
 from kvtransfer.channel import LINK_BYTES, Opener, Sealer, Unsealable
 from kvtransfer.integrity import is_intact, seal, unseal
 from kvtransfer.protocol import MAX_TRANSFERS_PER_PEER
-from kvtransfer.transports.base import TransportFault
+from kvtransfer.transports.base import Transport, TransportFault
+from kvtransfer.transports.cuda import CudaTransport
 from kvtransfer.transports.inline import InlineTransport
 from kvtransfer.transports.pool import BufferPool
 from kvtransfer.transports.shm import ShmTransport
 from mesh import messages, wire
 from mesh.errors import BadFrame
+from tests.kvtransfer.hostmemory import HostMemory
 from tests.kvtransfer.pairs import LAYOUT, content, name, transfer_id, wanted
 from tests.mesh.test_wire import filled
 
@@ -134,6 +136,7 @@ class Fuzzer:
         self._kv = [wire.encode(self._seed_of(cls), OTHER, ME) for cls in KV_MESSAGES for _ in range(SEEDS_PER_MESSAGE)]
         self._pool = BufferPool(1 << 16)
         self._shm = ShmTransport("fuzz", 4096)
+        self._cuda = CudaTransport(HostMemory(asks=1), "fuzz", 4096)
         self._inline = InlineTransport(4096)
         self._now = 0.0
         self._steps = 0
@@ -145,6 +148,7 @@ class Fuzzer:
 
     def close(self) -> None:
         self._shm.close()
+        self._cuda.close()
 
     def _seed_of(self, cls: type) -> Any:
         """Random values, but those that lead deeper into a transfer's state are what that has."""
@@ -268,9 +272,10 @@ class Fuzzer:
         return "unchanged", len(changed)
 
     def payload(self) -> tuple[str, int]:
-        """Where a `Blocks` message says its bytes are: slots of shared memory, the frame behind it."""
+        """Where a `Blocks` message says its bytes are: slots of shared or device memory, the frame behind it."""
         parts = [b"p" * self._chance.choice((1, 100, 4096))]
-        posted = self._shm.post(parts, b"")
+        sender: Transport = self._chance.choice((self._shm, self._cuda))
+        posted = sender.post(parts, b"")
         assert posted is not None
         place, size = posted.place, len(parts[0])
         odd = self._chance.choice((0, -8, 8, 7, 4096, 1 << 40, -(1 << 63), 1 << 64))
@@ -290,15 +295,17 @@ class Fuzzer:
                 pass
         outcomes = []
         frame = self._chance.choice((None, b"", parts[0], b"x" * 5000))
-        for transport, behind in ((self._shm, None), (self._inline, frame)):
+        receivers: tuple[Transport, ...] = (self._shm, self._cuda, self._inline)
+        for transport in receivers:
             try:
-                taken = transport.take(place, size, behind)
+                taken = transport.take(place, size, frame if transport is self._inline else None)
+                taken = taken if isinstance(taken, bytes | memoryview) else taken.payload() or b""
             except TransportFault:
                 outcomes.append("refused")
                 continue
             assert len(taken) == size
             outcomes.append("taken")
-        self._shm.reclaim(posted.place.slot, posted.place.seq)
+        sender.reclaim(posted.place.slot, posted.place.seq)
         return "/".join(outcomes), 100 + len(parts[0])
 
 

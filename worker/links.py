@@ -9,6 +9,9 @@ A link's life:
 ZeroMQ dials again where a connection ended, but not where it got something that is no ZMTP or does not decrypt: such a
 socket stays deaf for ever, and some still send. So a link that has no connection for a while opens another socket, and
 one that cannot read what comes does at once.
+
+Each `Register` without an answer is followed by one in the version of the protocol before, and after the lowest by the
+highest again: an older proxy cannot say that it did not understand.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from mesh.curve import HANDSHAKE_FAILED, check_address, dial, is_ipc
 from mesh.errors import BadFrame
 from mesh.heartbeats import set_heartbeats
 from mesh.keys import Keys
-from mesh.messages import ProxyBeat, Register, Welcome, WorkerInfo
+from mesh.messages import OtherVersions, ProxyBeat, Register, Welcome, WorkerInfo
+from mesh.wire import CONTROL, Versions
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +69,11 @@ class ProxyLink:
         self._lease_s = 0.0
         self._heard = 0.0
         self._next_register = 0.0
+        self._version = CONTROL.highest
+        """That this proxy answered in."""
+        self._tried = CONTROL.highest
+        """For the next `Register`."""
+        self._warned = False
         self._outbox: deque[bytes] = deque()
         self._connected = False
         self._complained = False
@@ -102,7 +111,7 @@ class ProxyLink:
 
     def send(self, message: Any) -> None:
         """Queues a message; `flush` hands it on. Nothing is ever dropped while the link is registered."""
-        self._outbox.append(wire.encode(message, self._info.incarnation))
+        self._outbox.append(wire.encode(message, self._info.incarnation, version=self._version))
 
     def flush(self) -> None:
         while self._outbox:
@@ -120,9 +129,25 @@ class ProxyLink:
             except zmq.Again:
                 return
             try:
-                yield wire.decode(frame)
+                envelope = wire.decode(frame)
             except BadFrame as error:
                 log.warning("proxy %s sent a bad frame: %s", self.address, error)
+                continue
+            if isinstance(envelope.message, OtherVersions):
+                self._not_understood(envelope.message.control)
+                continue
+            if isinstance(envelope.message, Welcome):
+                self._version = self._tried = envelope.version
+            yield envelope
+
+    def _not_understood(self, spoken: Versions) -> None:
+        """The proxy speaks other versions than that of the last `Register`."""
+        common = CONTROL.common(spoken)
+        if common is not None:
+            self._tried = common
+        elif not self._warned:
+            self._warned = True
+            log.error("proxy %s speaks control protocol %s and this worker %s", self.address, spoken, CONTROL)
 
     def heard(self, message: Welcome | ProxyBeat, now: float) -> bool:
         """Notes a sign of life. True: this is a proxy process that the link did not know before."""
@@ -148,6 +173,7 @@ class ProxyLink:
                 self._connected = True
                 self._complained = False
                 self._redial_at = math.inf
+                self._tried = CONTROL.highest
                 self._register(now)
             elif self._connected and event & HANDSHAKE_FAILED:
                 log.warning("what proxy %s sends cannot be read; dialling again", self.address)
@@ -181,7 +207,9 @@ class ProxyLink:
 
     def _register(self, now: float) -> None:
         self._next_register = now + REGISTER_EVERY_S
+        register = Register(self._info, self._forgotten)
         try:
-            self.socket.send(wire.encode(Register(self._info, self._forgotten), self._info.incarnation), zmq.NOBLOCK)
+            self.socket.send(wire.encode(register, self._info.incarnation, version=self._tried), zmq.NOBLOCK)
         except zmq.Again:
             return
+        self._tried = self._tried - 1 if self._tried > CONTROL.lowest else CONTROL.highest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,7 +11,8 @@ from engine.request import EngineRequest
 from engine.step import TokenOut
 from kvtransfer.endpoint import Event as KvEvent
 from kvtransfer.endpoint import KvEndpoint
-from mesh.messages import Abort, Decode, Prefill, PrefillReport, Refused, TokenBatch, TokenDelta
+from mesh.layout import KvLayout
+from mesh.messages import Abort, Decode, KvHolder, Peer, Prefill, PrefillReport, Refused, TokenBatch, TokenDelta
 from worker.links import ProxyLink
 from worker.metrics import WorkerMetrics
 from worker.steploop import Expected, Rejected, StepLoop, Stepped
@@ -33,6 +34,20 @@ def engine_request(message: Prefill | Decode, now: float, *, stop_after: int | N
         hold=stop_after is not None,
         arrived=now,
     )
+
+
+def same_layout(maker: Peer | None, holders: Sequence[KvHolder]) -> tuple[KvLayout | None, tuple[KvHolder, ...]]:
+    """The layout of what is fetched, and who has it so: one fetch names its blocks in one block size. It is that of the
+    `maker`, else of the first holder, who has most; None: as one's own."""
+    peers = [maker, *(h.peer for h in holders)]
+    layout = next((peer.layout for peer in peers if peer is not None), None)
+    return layout, tuple(h for h in holders if h.peer.layout == layout)
+
+
+def converted_from(own: KvLayout, theirs: KvLayout | None) -> KvLayout | None:
+    """The layout that blocks of `theirs` are converted from as they come in; None: they need no conversion, or would be
+    of no use, in which case the fetch is refused."""
+    return theirs if theirs is not None and own.taking(theirs).conversions else None
 
 
 def new_transfer_id() -> bytes:

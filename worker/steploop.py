@@ -20,6 +20,7 @@ from engine.grammar import Matcher
 from engine.request import EngineRequest
 from engine.step import Missing, StepOutput
 from mesh.errors import GrammarError
+from mesh.layout import KvLayout
 from mesh.messages import Load
 from worker.grammars import Grammars
 
@@ -49,7 +50,7 @@ class Exported:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """A fetching request was taken in; these blocks it lacks."""
+    """A fetching request was taken in; these blocks of the other worker's it lacks."""
 
     key: str
     missing: tuple[Missing, ...]
@@ -125,12 +126,13 @@ class StepLoop:
     def add(self, request: EngineRequest) -> None:
         self._commands.put(partial(self._prepare, request, self._add))
 
-    def expect(self, request: EngineRequest) -> None:
-        """Answered by `Expected` or `Rejected`."""
-        self._commands.put(partial(self._prepare, request, self._expect))
+    def expect(self, request: EngineRequest, theirs: KvLayout | None = None) -> None:
+        """Answered by `Expected`, with blocks of the layout `theirs` (None: this worker's), or by `Rejected`."""
+        self._commands.put(partial(self._prepare, request, partial(self._expect, theirs=theirs)))
 
-    def fill(self, key: str, index: int, payload: bytes | memoryview) -> None:
-        self._commands.put(partial(self._engine.fill, key, index, payload))
+    def fill(self, key: str, index: int, payload: bytes | memoryview, theirs: KvLayout | None = None) -> None:
+        """A block of those that `Expected` named."""
+        self._commands.put(partial(self._engine.fill, key, index, payload, theirs))
 
     def ready(self, key: str, new_tokens: Sequence[int]) -> None:
         self._commands.put(partial(self._engine.ready, key, new_tokens))
@@ -231,9 +233,9 @@ class StepLoop:
         except CannotFit as error:
             self._emit(Rejected(request.key, error.code, str(error)))
 
-    def _expect(self, request: EngineRequest) -> None:
+    def _expect(self, request: EngineRequest, theirs: KvLayout | None) -> None:
         try:
-            missing = self._engine.expect(request)
+            missing = self._engine.expect(request, theirs)
         except CannotFit as error:
             self._emit(Rejected(request.key, error.code, str(error)))
         else:

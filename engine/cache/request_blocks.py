@@ -172,7 +172,7 @@ class RequestBlocks:
         held: dict[int, int] = {}
         num_holders = 0
         for request in requests:
-            pages = [*request.block_table, *request.fetched_pages.values()]
+            pages = [*request.block_table, *request.fetched_pages.values(), *request.partial_pages.values()]
             num_holders += bool(pages)
             if bool(pages) != (request in self.holders):
                 raise IntegrityError(f"request {request.key} holds {len(pages)} pages, the list of holders is wrong")
@@ -187,11 +187,12 @@ class RequestBlocks:
             self.pool.release(block)
 
     def _release_fetched(self, request: EngineRequest) -> None:
-        self._release([block for _, block in sorted(request.fetched_pages.items())])
-        request.fetched_pages.clear()
+        for pages in (request.partial_pages, request.fetched_pages):
+            self._release([block for _, block in sorted(pages.items())])
+            pages.clear()
 
     def _note(self, request: EngineRequest) -> None:
-        if request.block_table or request.fetched_pages:
+        if request.block_table or request.fetched_pages or request.partial_pages:
             self.holders.add(request)
         else:
             self.holders.discard(request)

@@ -137,6 +137,7 @@ class CollectiveTransport:
         self._receiving.clear()
         for pair in pairs:
             pair.abandon("this endpoint is closed")
+        limit = time.monotonic() + self._wait_s + SLACK_S
         for pair in pairs:
-            pair.wait(self._wait_s + SLACK_S)
+            pair.wait(max(0.0, limit - time.monotonic()))
         self._meeting = None

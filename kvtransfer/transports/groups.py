@@ -65,6 +65,8 @@ def _finish_gloo(work: c10d.Work, wait_s: float) -> None:
 
 
 def _build_nccl(store: c10d.Store, rank: int, host: str, wait_s: float) -> Any:
+    """NCCL sets itself up with the first send, for which torch has no limit: if the peer dies just then, the pair fails
+    in time, but its thread stays."""
     # Else torch's watchdog ends the whole process when a peer dies.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     return c10d.ProcessGroupNCCL(store, rank, RANKS, c10d.ProcessGroupNCCL.Options())

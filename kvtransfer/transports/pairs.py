@@ -108,7 +108,7 @@ class Arriving:
 
     def payload(self) -> Payload | None:
         if self._done:
-            return self._buffer[: self._size].data.toreadonly()
+            return self._buffer.data[: self._size].toreadonly()  # a slice of the array would not keep the buffer
         if self._pair.failure:
             raise TransportFault(self._pair.failure)
         if self._clock() >= max(self._taken_at, self._pair.moved_at) + self._wait_s:  # the thread itself hangs

@@ -25,7 +25,8 @@ def fill(target: Bytes, parts: Sequence[bytes | memoryview]) -> None:
 
 
 class BufferPool:
-    """Buffers of up to `size` bytes. One comes back by itself when the last view of it is gone, on any thread."""
+    """Buffers of up to `size` bytes. One comes back by itself, on any thread, when it and its last memoryview are gone;
+    numpy's slices of it do not keep it."""
 
     def __init__(self, size: int) -> None:
         self._size = size

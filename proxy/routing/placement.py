@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 
 from proxy.routing.place import Place
 from proxy.routing.pool import Worker, WorkerPool
@@ -25,28 +25,24 @@ class Placement:
     def plan(
         self,
         tokens: int,
-        names: Sequence[int],
+        names: Callable[[int], Sequence[int]],
         *,
         exclude: Set[Place] = frozenset(),
         only: Place | None = None,
         here_only: bool = False,
     ) -> Plan | None:
-        """Where a prompt of `tokens` tokens with these full blocks goes; None: no decode worker can be asked.
+        """Where a prompt of `tokens` tokens goes; None: no decode worker can be asked.
 
-        `exclude`: workers not to ask. `only`: the one decode worker to ask, if it can be. `here_only`: as in
-        `route`.
+        `names`: of the prompt's full blocks, where a block has so many tokens. `exclude`: workers not to ask. `only`:
+        the one decode worker to ask, if it can be. `here_only`: as in `route`.
         """
-        identity = self._pool.identity
-        if identity is None:
-            return None
-        layout = identity[1]
         workers = [w for w in self._pool.routable() if w.place not in exclude]
         if only is not None and any(w.place == only for w in workers):
             workers = [w for w in workers if w.place == only]
-        resident = self._index.longest(names)
-        candidates = [_candidate(w, resident.get(w.place, 0) * layout.block_tokens) for w in workers]
-        per_token = layout.block_bytes / layout.block_tokens / TRANSFER_BYTES_PER_S
-        policy = Policy(self._disaggregate_above, per_token)
+        # The names of one size are of no worker with another.
+        resident = {size: self._index.longest(names(size)) for size in self._pool.block_sizes}
+        candidates = [_candidate(w, resident[w.info.layout.block_tokens].get(w.place, 0)) for w in workers]
+        policy = Policy(self._disaggregate_above, self._pool.token_bytes / TRANSFER_BYTES_PER_S)
         return route(tokens, candidates, policy, here_only=here_only)
 
     def commit(self, request: str, plan: Plan, now: float) -> None:
@@ -64,7 +60,7 @@ class Placement:
         return owed, sum([w.load.prefill_tokens_per_s for w in self._pool.routable()])
 
 
-def _candidate(worker: Worker, cached_tokens: int) -> Candidate:
+def _candidate(worker: Worker, cached_blocks: int) -> Candidate:
     info, load = worker.info, worker.load
     requests, tokens = worker.pending
     block = info.layout.block_tokens
@@ -73,7 +69,7 @@ def _candidate(worker: Worker, cached_tokens: int) -> Candidate:
         place=worker.place,
         decodes=worker.decodes,
         prefills=worker.prefills,
-        cached_tokens=cached_tokens,
+        cached_tokens=cached_blocks * block,
         owed_tokens=load.owed_tokens + tokens,
         live=load.running + load.waiting + load.fetching + requests,
         max_live=info.max_num_seqs,

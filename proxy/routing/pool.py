@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from mesh.layout import KvLayout
 from mesh.messages import Beat, Load, Peer, WorkerInfo
 from proxy.choice_events import Absence
 from proxy.generation import ModelFacts
@@ -33,6 +32,9 @@ RETURN_WINDOW_S = 60.0
 """A worker lost so lately is probably being restarted."""
 MAX_WORKERS = 4096
 """Fences kept; the oldest worker id without a live process is forgotten above it."""
+
+CONVERTING = 6
+"""The first version of the KV protocol whose speakers convert between layouts."""
 
 IDLE = Load(0, 0, 0, 0, 0, 0, 0, 0, 0.0)
 
@@ -80,7 +82,7 @@ class Worker:
     @property
     def peer(self) -> Peer:
         info = self.info
-        return Peer(info.worker_id, info.incarnation, info.kv_address, info.host)
+        return Peer(info.worker_id, info.incarnation, info.kv_address, info.host, info.layout, info.kv)
 
     @property
     def silence_limit(self) -> float:
@@ -117,6 +119,8 @@ class Registration:
     """Incarnations whose requests must go elsewhere: older ones, or this one when it registers anew."""
     forgotten: tuple[Place, ...] = ()
     """Of these, the ones that are over."""
+    converts: str = ""
+    """What the worker converts of blocks from a worker with another KV layout, where there is one."""
 
 
 class WorkerPool:
@@ -125,8 +129,10 @@ class WorkerPool:
     def __init__(self) -> None:
         self._workers: dict[Place, Worker] = {}
         self._fences: dict[str, int] = {}
-        self._model: tuple[bytes, KvLayout] | None = None
+        self._digest: bytes | None = None
         self._facts: ModelFacts | None = None
+        self._block_sizes: tuple[int, ...] = ()
+        self._token_bytes = 0
         self._last_loss: float | None = None
 
     def get(self, place: Place) -> Worker | None:
@@ -143,9 +149,19 @@ class WorkerPool:
         return self._facts
 
     @property
-    def identity(self) -> tuple[bytes, KvLayout] | None:
-        """(model digest, KV layout) that all workers share."""
-        return self._model
+    def digest(self) -> bytes | None:
+        """Of the model that all workers serve."""
+        return self._digest
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """In tokens: of a fleet of equal workers one. A prompt's blocks have other names in each."""
+        return self._block_sizes
+
+    @property
+    def token_bytes(self) -> int:
+        """KV of one token at the worker that has most of it."""
+        return self._token_bytes
 
     @property
     def ready(self) -> bool:
@@ -164,6 +180,7 @@ class WorkerPool:
         known = self._workers.get(place)
         if known is not None:
             return self._register_again(known, now, moved)
+        converts = self._converts(info)
         older = tuple([p for p in self._workers if p.worker_id == info.worker_id])
         for p in older:
             self.forget(p, now)
@@ -171,9 +188,9 @@ class WorkerPool:
         self._fences.pop(info.worker_id, None)
         self._fences[info.worker_id] = info.incarnation
         self._bound_fences()
-        self._model = (info.model_digest, info.layout)
+        self._digest = info.model_digest
         self._refresh_facts()
-        return Registration(True, lost=older, forgotten=older)
+        return Registration(True, lost=older, forgotten=older, converts=converts)
 
     def _register_again(self, worker: Worker, now: float, moved: bool) -> Registration:
         """Only a worker whose connection or lease broke says `Register` twice: what it had been sent, or had said, may
@@ -186,23 +203,27 @@ class WorkerPool:
 
     def _foreign(self, info: WorkerInfo) -> str:
         """Why the worker cannot join the others; empty when it can, or when there are no others left."""
-        others = [w for w in self._workers.values() if w.health is Health.ALIVE]
-        if self._model is None or all(w.info.worker_id == info.worker_id for w in others):
-            return ""
-        digest, layout = self._model
-        if info.model_digest != digest:
+        fault = info.layout.taking(info.layout).refused
+        if fault:
+            return f"{info.worker_id} has a KV layout that is none: {fault}"
+        others = [w for w in self._workers.values() if w.health is Health.ALIVE and w.info.worker_id != info.worker_id]
+        if others and info.model_digest != self._digest:
             return f"{info.worker_id} serves another model ({info.model}) than the workers before it"
-        name = layout.refused_field(info.layout)
-        if name is None:
-            return ""
-        ours, theirs = getattr(layout, name), getattr(info.layout, name)
-        return f"{info.worker_id} cannot exchange KV blocks with the others: {name} is {theirs}, not {ours}"
+        return next((why for other in others if (why := _strangers(info, other.info))), "")
+
+    def _converts(self, info: WorkerInfo) -> str:
+        for other in self._workers.values():
+            conversions = info.layout.taking(other.info.layout).conversions
+            if conversions:
+                return f"{', '.join(conversions)} (of {other.info.worker_id})"
+        return ""
 
     def _refresh_facts(self) -> None:
-        lengths = [w.info.max_model_len for w in self._workers.values()]
-        if self._model is not None and lengths:
-            digest, layout = self._model
-            self._facts = ModelFacts(min(lengths), layout.block_tokens, digest)
+        infos = [w.info for w in self._workers.values()]
+        if self._digest is not None and infos:
+            self._facts = ModelFacts(min([i.max_model_len for i in infos]), self._digest)
+        self._block_sizes = tuple(sorted({i.layout.block_tokens for i in infos}))
+        self._token_bytes = max([i.layout.token_bytes for i in infos], default=0)
 
     def _bound_fences(self) -> None:
         if len(self._fences) > MAX_WORKERS:
@@ -280,3 +301,15 @@ class WorkerPool:
             return Absence.RETURNING
         lately = self._last_loss is not None and now - self._last_loss < RETURN_WINDOW_S
         return Absence.RETURNING if lately else Absence.NONE
+
+
+def _strangers(new: WorkerInfo, old: WorkerInfo) -> str:
+    """Why two workers of one model cannot exchange KV blocks; empty when they can."""
+    version = new.kv.common(old.kv)
+    if version is None:
+        return f"{new.worker_id} speaks KV protocol {new.kv} and {old.worker_id} {old.kv}"
+    refused = new.layout.taking(old.layout).refused
+    difference = new.layout.difference(old.layout) if version < CONVERTING else ""
+    if not refused and difference:
+        refused = f"{difference}, and KV protocol {version} of {new.worker_id} or {old.worker_id} converts nothing"
+    return f"{new.worker_id} cannot take KV blocks of {old.worker_id}: {refused}" if refused else ""

@@ -11,7 +11,7 @@ from openai.types import Completion
 
 from engine.sim_engine import PRINTABLE, expected_tokens
 from tests.byte_model import byte_model
-from tests.chaos.sim_service import FLAGS, expected
+from tests.chaos.sim_service import FLAGS, busy, expected
 from tests.e2e.processes import Deployment, deployment, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -51,10 +51,12 @@ def test_a_holder_that_is_killed_in_the_middle_of_a_fetch_changes_no_token(tmp_p
     ):
         opening = [65 + i % 26 for i in range(SHARED + OWN)]
         first = service.stream(opening, ANSWER, extra_body={"ignore_eos": True})
-        answer = next(first)  # the worker with everything is full now, so the next request goes to the other
+        answer = next(first)
+        full = busy(service, "decode")  # its only sequence is taken, so the next request goes to the other worker
+        (other,) = service.workers.keys() - {full}
         aside = [*opening[:SHARED], 97, 98, 99]
         assert complete(service, aside, 2).choices[0].text == expected(aside, 2)
-        wait_until(lambda: fetched(service, "decode-1") == SHARED, "the shared blocks at the other worker")
+        wait_until(lambda: fetched(service, other) == SHARED, lambda: f"blocks at {other}: {fetched(service, other)}")
         answer += "".join(first)
         assert answer == expected(opening, ANSWER)
 
@@ -62,7 +64,7 @@ def test_a_holder_that_is_killed_in_the_middle_of_a_fetch_changes_no_token(tmp_p
         service.wait_ready()
         history = opening + expected_tokens(opening, ANSWER, PRINTABLE.stop, first_token=PRINTABLE.start)
         second = history + [48 + i % 10 for i in range(100)]
-        bystander = service.workers["decode-1"].process
+        bystander = service.workers[other].process
         bystander.send_signal(signal.SIGSTOP)
         told = clients.submit(complete, service, second, 20)
         prefill = service.workers["prefill-0"]
@@ -70,9 +72,9 @@ def test_a_holder_that_is_killed_in_the_middle_of_a_fetch_changes_no_token(tmp_p
             lambda: sum(prefill.metric("kvmesh_kv_transfer_bytes_total", transport=t) for t in ("shm", "zmq")) > 0,
             "what one brings",
         )
-        assert prefill.metric("kvmesh_kv_open", what="fetching") == 1, "the other one is waited for"
+        assert prefill.metric("kvmesh_kv_open", what="fetching") >= 1, "the other one is waited for"
         assert not told.done()
-        service.kill("decode-1")
+        service.kill(other)
         result = told.result(60)
 
         assert result.choices[0].text == expected(second, 20)

@@ -16,7 +16,7 @@ import pytest
 
 from mesh.keys import create
 from tests.byte_model import byte_model
-from tests.chaos.sim_service import FLAGS, expected
+from tests.chaos.sim_service import FLAGS, busy, expected
 from tests.e2e.processes import Deployment, deployment, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -55,19 +55,6 @@ class Request(threading.Thread):
         assert not self.is_alive(), "the stream hangs"
         assert self.error is None, self.error
         return "".join(self.texts)
-
-
-def busy(service: Deployment, role: str) -> str:
-    """The worker of `role` that has a request, waited for."""
-    names = [n for n, w in service.workers.items() if w.role == role]
-    found: list[str] = []
-
-    def look() -> bool:
-        found[:] = [n for n in names if service.workers[n].metric("vllm:num_requests_running") > 0]
-        return bool(found)
-
-    wait_until(look, f"a busy {role} worker")
-    return found[0]
 
 
 def test_killing_the_prefill_worker_in_its_prefill_changes_no_token(service: Deployment) -> None:

@@ -117,8 +117,9 @@ class Fleet:
     workers: dict[str, FleetWorker] = field(default_factory=dict)
     _count: int = 0
 
-    def start(self, role: str, name: str) -> None:
-        runner, shape = self.load(), self.shape
+    def start(self, role: str, name: str, load: Callable[[], ModelRunner | SimRunner] | None = None) -> None:
+        """`load`: of this worker, where it differs from the others."""
+        runner, shape = (load or self.load)(), self.shape
         engine = Engine(runner, EngineConfig(shape.max_num_seqs, shape.max_num_batched_tokens, shape.max_model_len))
         incarnation = time.time_ns()
         bind = f"ipc://{self.directory}/{name}.kv" if shape.kv_scheme == "ipc" else "tcp://127.0.0.1:0"

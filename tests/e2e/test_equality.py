@@ -71,12 +71,12 @@ def continued(directory: Path, batch: list[list[int]]) -> list[tuple[list[int], 
     return answers
 
 
-def loader(directory: Path, shape: Shape) -> Callable[[], ModelRunner]:
+def loader(directory: Path, shape: Shape, dtype: str = "float32") -> Callable[[], ModelRunner]:
     def load() -> ModelRunner:
         return ModelRunner.load(
             directory,
             device="cpu",
-            dtype="float32",
+            dtype=dtype,
             block_tokens=shape.block_tokens,
             num_blocks=shape.num_blocks,
             memory_utilization=0.5,
@@ -153,6 +153,7 @@ TRANSPORTS = {
     "zmq over ipc": Shape(transports=("zmq",)),
     "zmq over tcp": Shape(transports=("zmq",), kv_scheme="tcp"),
     "shm": Shape(transports=("shm",)),
+    "gloo": Shape(transports=("gloo",)),
 }
 
 

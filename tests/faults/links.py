@@ -41,7 +41,7 @@ class Links:
         self.sides = {side: Strikes() for side in SIDES}
         self._control = Relay(control_port, self.sides[HEARD], self.sides[SAID])
         self._asked = Relay(self._port, Strikes(), self.sides[ASKED])
-        self._answered = Relay(self._port + 1, self.sides[ANSWERED])
+        self._answered = Relay(self._port + 1, self.sides[ANSWERED], self.sides[ASKED])
 
     @property
     def arguments(self) -> list[str]:

@@ -18,6 +18,8 @@ HANG_S = 90.0
 """Longer than the proxy lets any request take: a stream that is open then hangs."""
 QUIET_S = 60.0
 """Longer than any lease; whatever is held then is held for ever."""
+NOTED_S = 10.0
+"""What is held for longer is told."""
 BAD_WORDS = ("ERROR", "CRITICAL", "Traceback")
 """Of a log: nothing that goes wrong outside a process is an error inside it."""
 TAIL_BYTES = 3000
@@ -33,9 +35,12 @@ class Played:
     """Of the streams."""
     quiet_s: float
     """Until nobody held anything any more, after the last stream's end."""
+    held: str
+    """What was held for long."""
 
     def __str__(self) -> str:
-        return f"{counts(self.outcomes)}; slowest stream {self.slowest_s:.1f} s, quiet after {self.quiet_s:.1f} s"
+        times = f"slowest stream {self.slowest_s:.1f} s, quiet after {self.quiet_s:.1f} s"
+        return "; ".join(filter(None, (counts(self.outcomes), times, self.held)))
 
 
 def counts(counter: Counter[str]) -> str:
@@ -49,13 +54,13 @@ def play(fleet: RelayedDeployment, seed: int) -> Played:
     try:
         clients = _play(fleet, plan)
         ended = time.monotonic()
-        _quiet(fleet)
+        held = _quiet(fleet)
         quiet_s = time.monotonic() - ended
         _clean_logs(fleet, sizes)
     except Exception as error:
         faults = "\n".join(f"  {fault}" for fault in plan.faults)
         raise Violation(f"seed {seed}: {error}\nits faults:\n{faults}\n{tails(fleet)}") from error
-    return Played(Counter(c.outcome for c in clients), max(c.seconds for c in clients), quiet_s)
+    return Played(Counter(c.outcome for c in clients), max(c.seconds for c in clients), quiet_s, held)
 
 
 def _play(fleet: RelayedDeployment, plan: Plan) -> list[Client]:
@@ -103,10 +108,15 @@ def _acts(fleet: RelayedDeployment, faults: tuple[Fault, ...]) -> list[tuple[flo
     return acts
 
 
-def _quiet(fleet: RelayedDeployment) -> None:
-    """Everybody is there again, and nobody holds anything."""
+def _quiet(fleet: RelayedDeployment) -> str:
+    """Waits until everybody is there again and nobody holds anything; returns what was held for long."""
     fleet.wait_ready()
-    fleet.assert_quiet(QUIET_S)
+    try:
+        fleet.assert_quiet(NOTED_S)
+    except AssertionError as held:
+        fleet.assert_quiet(QUIET_S - NOTED_S)
+        return str(held)
+    return ""
 
 
 def _clean_logs(fleet: RelayedDeployment, sizes: dict[Path, int]) -> None:

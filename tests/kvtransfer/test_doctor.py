@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from kvtransfer import doctor, pairing
-from kvtransfer.doctor import Finding, Link, which
+from kvtransfer.doctor import Link, which
+from kvtransfer.doctor_fleet import Finding
+from kvtransfer.linktest import Spent
 from mesh.errors import EXIT_ENVIRONMENT
 from mesh.keys import create
 from mesh.settings import DoctorSettings
@@ -111,10 +113,10 @@ def test_only_links_that_can_be_tried_are() -> None:
 
 
 def test_a_link_that_does_not_work_is_told_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def times(route: str, *_: object) -> list[float]:
+    def times(route: str, *_: object) -> list[Spent]:
         if route == "shm":
             raise RuntimeError("the blocks went by zmq")
-        return [0.5]
+        return [Spent(0.5, 0.1)]
 
     monkeypatch.setattr(doctor, "link_times", times)
     found = {link.route: link for link in doctor.measure(1, ["shm", "zmq-tcp"])}

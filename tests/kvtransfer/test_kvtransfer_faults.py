@@ -173,19 +173,23 @@ def test_an_earlier_incarnation_is_refused_by_name(tmp_path: Path) -> None:
         assert pair.holder.endpoint.stats().serving == 0
 
 
-def test_another_layout_is_refused_by_the_name_of_the_field(tmp_path: Path) -> None:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    clock = Clock()
-    holder = make_side(context, tmp_path, "zmq-ipc", clock, worker="p", incarnation=7)
-    bfloat16 = replace(LAYOUT, dtype="bfloat16")
-    fetcher = make_side(context, tmp_path, "zmq-ipc", clock, worker="d", incarnation=9, layout=bfloat16)
-    pair = Pair(fetcher, holder, clock)
-    pair.fetch(T, "", wanted([0]))
-    ended = pair.finish(T)
-    for side in pair.sides:
-        side.endpoint.close()
-    context.term()
-    assert (ended.outcome, ended.detail) == ("refused", "layout: dtype")
+def test_a_holder_whose_blocks_are_of_no_use_is_refused_by_the_name_of_the_field(tmp_path: Path) -> None:
+    with connected(tmp_path) as pair:
+        peer = replace(pair.holder.endpoint.peer, layout=replace(LAYOUT, head_dim=4))
+        pair.fetcher.endpoint.fetch(T, 1, peer, "", wanted([0]), 60)
+        ended = pair.finish(T)
+        assert (ended.outcome, ended.detail, ended.missing) == ("refused", "layout: head_dim 4 -> 8", (0,))
+        assert pair.holder.endpoint.stats().dropped == {}, "it is not even asked"
+
+
+def test_a_holder_refuses_to_send_in_a_layout_that_it_has_not_got(tmp_path: Path) -> None:
+    """The fetcher was told wrongly: it would take the bytes for something else."""
+    with connected(tmp_path) as pair:
+        pair.holder.hold([0])
+        peer = replace(pair.holder.endpoint.peer, layout=replace(LAYOUT, dtype="bfloat16"))
+        pair.fetcher.endpoint.fetch(T, 1, peer, "", wanted([0]), 60)
+        ended = pair.finish(T)
+        assert (ended.outcome, ended.detail) == ("refused", "layout: dtype is float32, not bfloat16")
 
 
 def test_a_holder_that_closes_in_the_middle_ends_the_fetch_at_once(tmp_path: Path) -> None:
@@ -228,14 +232,14 @@ def test_a_peer_that_is_not_there_is_lost_at_once(tmp_path: Path) -> None:
         with sockets.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        gone = Peer("p", 7, f"tcp://127.0.0.1:{port}", "here")
+        gone = Peer("p", 7, f"tcp://127.0.0.1:{port}", "here", LAYOUT)
         pair.fetcher.endpoint.fetch(T, 1, gone, "r#1", wanted([0]), 60)
         assert pair.finish(T).outcome == "peer_lost"
 
 
 def test_an_address_that_is_none_is_not_dialled(tmp_path: Path) -> None:
     with connected(tmp_path) as pair:
-        pair.fetcher.endpoint.fetch(T, 1, Peer("p", 7, "nonsense", "here"), "r#1", wanted([0]), 60)
+        pair.fetcher.endpoint.fetch(T, 1, Peer("p", 7, "nonsense", "here", LAYOUT), "r#1", wanted([0]), 60)
         ended = pair.finish(T)
         assert (ended.outcome, ended.missing) == ("refused", (0,))
 
@@ -345,7 +349,7 @@ def test_hostile_answers_are_counted_and_dropped(tmp_path: Path) -> None:
         holder.bind(f"ipc://{tmp_path}/h")
         pair = Pair(fetcher, fetcher, Clock())
         pair.sides = [fetcher]
-        fetcher.endpoint.fetch(T, 1, Peer("p", 7, f"ipc://{tmp_path}/h", "here"), "s", wanted([0]), 60)
+        fetcher.endpoint.fetch(T, 1, Peer("p", 7, f"ipc://{tmp_path}/h", "here", LAYOUT), "s", wanted([0]), 60)
         link, frame = holder.recv_multipart()
         assert unseal(frame).message.stream == "s"
         for frames in hostile_answers():

@@ -115,10 +115,18 @@ def test_a_holder_that_dies_in_the_middle_is_made_good_by_the_other(tmp_path: Pa
         assert sent(b) == 4000
 
 
+@pytest.mark.parametrize("tokens", [-(2**63), 2**63 - 1])
+def test_a_claim_that_cannot_be_is_worth_nothing_or_all(tmp_path: Path, tokens: int) -> None:
+    with among(tmp_path, 2) as (pair, (a, b)):
+        b.hold(range(8))
+        gather(pair, [KvHolder(a.endpoint.peer, tokens, 0), *claims((b, 8))], wanted(range(8)))
+        complete(pair, 8)
+
+
 def test_a_holder_whose_address_is_none_is_made_good_by_the_other(tmp_path: Path) -> None:
     with among(tmp_path, 1) as (pair, (a,)):
         a.hold(range(8))
-        nowhere = KvHolder(Peer("w9", 9, "no address", "here"), 8 * SIZE, 0)
+        nowhere = KvHolder(Peer("w9", 9, "no address", "here", LAYOUT), 8 * SIZE, 0)
         gather(pair, [nowhere, *claims((a, 8))], wanted(range(8)))
         complete(pair, 8)
 
@@ -212,7 +220,7 @@ def test_a_transfer_id_is_used_once(tmp_path: Path) -> None:
 
 def test_a_pace_is_what_was_measured_and_a_load_delays() -> None:
     pace = Pace("here", LAYOUT)
-    near, far = (KvHolder(Peer("w", n, "somewhere", host), 0, 0) for n, host in ((1, "here"), (2, "there")))
+    near, far = (KvHolder(Peer("w", n, "somewhere", host, LAYOUT), 0, 0) for n, host in ((1, "here"), (2, "there")))
     assert pace.cost(near, 0).block_s < pace.cost(far, 0).block_s
     pace.learn(far.peer, MEASURED_BYTES - 1, 1e-9)
     assert pace.cost(far, 0).block_s > pace.cost(near, 0).block_s, "too little to say anything"

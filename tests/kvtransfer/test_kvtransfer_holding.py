@@ -152,8 +152,8 @@ def test_another_links_transfer_cannot_be_touched() -> None:
     ("event", "code", "detail"),
     [
         (replace(ask(), receiver=6), "stale_incarnation", "this is incarnation 7"),
-        (ask(layout=replace(LAYOUT, dtype="float16")), "layout", "dtype"),
-        (ask(layout=replace(LAYOUT, layers=3)), "layout", "layers"),
+        (ask(layout=replace(LAYOUT, dtype="float16")), "layout", "dtype is float32, not float16"),
+        (ask(layout=replace(LAYOUT, layers=3)), "layout", "layers is 2, not 3"),
         (ask(wanted=wanted([1, 1])), "malformed", "wanted"),
         (ask(wanted=(Wanted(0, name(0), 5),)), "malformed", "valid_tokens"),
     ],

@@ -126,8 +126,6 @@ def test_what_a_holder_leaves_is_asked_of_the_others_until_nobody_has_it() -> No
             brought = ask & truth[number]
             if dies[number]:
                 brought &= chance.getrandbits(blocks)
-            for index in bits(brought):
-                state = gathering.arrived(state, index)
             came |= brought
             refused[number] |= ask & ~brought
             failed = dies[number] and brought != ask

@@ -13,7 +13,7 @@ import zmq
 
 from kvtransfer.transports.shm import SHM_DIR, remove_orphans
 from mesh.messages import Peer
-from tests.kvtransfer.pairs import Clock, Pair, content, make_side, name, transfer_id, wanted
+from tests.kvtransfer.pairs import LAYOUT, Clock, Pair, content, make_side, name, transfer_id, wanted
 
 HOLDER = """
 import sys, time
@@ -36,7 +36,7 @@ def holder_process(folder: Path, route: str) -> Iterator[tuple[subprocess.Popen[
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder), route], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        yield process, Peer("p", 7, process.stdout.readline().strip(), "here")
+        yield process, Peer("p", 7, process.stdout.readline().strip(), "here", LAYOUT)
     finally:
         process.kill()
         process.wait()

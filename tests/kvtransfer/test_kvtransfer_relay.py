@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from kvtransfer.endpoint import FetchEnded
+from kvtransfer.fetcher import NO_GREETING
+from kvtransfer.protocol import ANSWER_S
 from kvtransfer.sockets import addresses
 from mesh.keys import WORKER, Keys, create, load
 from mesh.messages import Peer
+from tests.faults.links import Strikes
 from tests.kvtransfer import relay
 from tests.kvtransfer.pairs import Pair, content, encrypted, name, transfer_id, wanted
-from tests.kvtransfer.relay import CORRUPTING, EVERY, REPEAT, SEALED, SWAP, Faults, Relay, send_through
+from tests.kvtransfer.relay import CORRUPTING, EVERY, FLIP, REPEAT, SEALED, SWAP, Faults, Relay, send_through
 
 FRAMES = 400
 
@@ -61,7 +64,7 @@ def fetch_through(pair: Pair, keys: Keys, faults: Faults, number: int) -> FetchE
     peer = pair.holder.endpoint.peer
     control, bulk = addresses(peer.kv_address, keys)
     between = Relay(int(bulk.rsplit(":", 1)[1]), faults)
-    relayed = Peer(peer.worker_id, peer.incarnation, f"{control}/{between.port}", peer.host)
+    relayed = Peer(peer.worker_id, peer.incarnation, f"{control}/{between.port}", peer.host, peer.layout)
     transfer = transfer_id(number)
     pair.fetcher.endpoint.fetch(transfer, 1, relayed, "", wanted(range(20)), 60.0)
 
@@ -104,6 +107,39 @@ def test_a_damaged_message_is_fetched_again(tmp_path: Path, keys: Keys) -> None:
         assert (ended.outcome, ended.missing) == ("ok", ())
         dropped = pair.fetcher.endpoint.stats().dropped
         assert sum(dropped.get(reason, 0) for reason in ("forged", "truncated", "session", "replayed")) == 1
+
+
+@pytest.mark.parametrize("struck", ["hello", "greeting"])
+def test_a_connection_without_a_greeting_is_not_used_again(tmp_path: Path, keys: Keys, struck: str) -> None:
+    """Of the bulk connection's first message in either direction, a bit is flipped; all others pass."""
+    with encrypted(tmp_path, keys, keys) as pair:
+        pair.holder.hold(range(20))
+        peer = pair.holder.endpoint.peer
+        control, bulk = addresses(peer.kv_address, keys)
+        sides = {"hello": Strikes(), "greeting": Strikes()}
+        sides[struck].strike(FLIP, 1, 0.0)
+        between = Relay(int(bulk.rsplit(":", 1)[1]), sides["greeting"], sides["hello"])
+        relayed = Peer(peer.worker_id, peer.incarnation, f"{control}/{between.port}", peer.host, peer.layout)
+
+        def fetched(number: int) -> FetchEnded:
+            transfer = transfer_id(number)
+            pair.fetcher.endpoint.fetch(transfer, 1, relayed, "", wanted(range(20)), 60.0)
+
+            def ended() -> FetchEnded | None:
+                pair.clock.now += 0.05
+                return pair.fetcher.ended(transfer)
+
+            pair.run(ended)
+            return pair.finish(transfer)
+
+        try:
+            first, second = fetched(1), fetched(2)
+        finally:
+            between.close()
+        assert sides[struck].done == {FLIP: 1}
+        assert (first.outcome, first.detail) == ("peer_lost", NO_GREETING)
+        assert first.seconds <= ANSWER_S + 1
+        assert (second.outcome, second.missing) == ("ok", ())
 
 
 def test_no_relay_stays_behind() -> None:

@@ -135,7 +135,7 @@ def test_what_was_taken_does_not_change_with_what_is_sent_next(ends: Ends) -> No
     payload = landed(receiver.take(first.place, 5, first.frame))
     sender.reclaim(first.place.slot, first.place.seq)
     for _ in range(5):
-        posted(sender, b"other")
+        assert taken(receiver, posted(sender, b"other"), 5) == b"other"
     assert bytes(payload) == b"first"
 
 

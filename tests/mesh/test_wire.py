@@ -98,34 +98,36 @@ def test_noise_is_a_bad_frame() -> None:
 @pytest.mark.parametrize("value", [None, True, 1, "x", b"x", [], [1], [[]] * 5, {"a": 1}, 1.5])
 @pytest.mark.parametrize("cls", MESSAGES)
 def test_a_body_of_another_form_is_a_bad_frame(cls: type, value: object) -> None:
-    tag, _ = wire._by_type[cls]
+    tag = wire._by_type[cls][0]
     with pytest.raises(BadFrame):
-        decode(msgpack.packb([wire.PROTOCOL, tag, 0, 0, value]))
+        decode(msgpack.packb([wire.CONTROL.highest, tag, 0, 0, value]))
 
 
 @pytest.mark.parametrize(
     "outer",
     [
-        [wire.PROTOCOL + 1, 4, 0, 0, ["p"]],
-        [wire.PROTOCOL, 999, 0, 0, ["p"]],
-        [wire.PROTOCOL, [], 0, 0, ["p"]],
-        [wire.PROTOCOL, 4, "0", 0, ["p"]],
-        [wire.PROTOCOL, 4, True, 0, ["p"]],
-        [wire.PROTOCOL, 4, 0, 0],
-        [wire.PROTOCOL, 4, 0, 0, ["p"], 0],
-        [wire.PROTOCOL, 4, 0, 0, ["p", "q"]],
+        [wire.CONTROL.highest + 1, 4, 0, 0, ["p"]],
+        [wire.CONTROL.highest, 999, 0, 0, ["p"]],
+        [wire.CONTROL.highest, [], 0, 0, ["p"]],
+        [wire.CONTROL.highest, 4, "0", 0, ["p"]],
+        [wire.CONTROL.highest, 4, True, 0, ["p"]],
+        [wire.CONTROL.highest, 4, 0, 0],
+        [wire.CONTROL.highest, 4, 0, 0, ["p"], 0],
+        [wire.CONTROL.highest, 4, 0, 0, ["p", "q"]],
         {"a": 1},
     ],
 )
 def test_an_envelope_of_another_form_is_a_bad_frame(outer: object) -> None:
-    assert decode(msgpack.packb([wire.PROTOCOL, 4, 0, 0, ["p"]])).message == messages.ProxyBeat("p")
+    assert decode(msgpack.packb([wire.CONTROL.highest, 4, 0, 0, ["p"]])).message == messages.ProxyBeat("p")
     with pytest.raises(BadFrame):
         decode(msgpack.packb(outer))
 
 
 def test_another_protocol_is_named() -> None:
-    with pytest.raises(BadFrame, match=f"speaks {wire.PROTOCOL}"):
-        decode(msgpack.packb([wire.PROTOCOL + 1, 4, 0, 0, ["p"]]))
+    with pytest.raises(
+        BadFrame, match=f"control protocol {wire.CONTROL.highest + 1}; this process speaks {wire.CONTROL}"
+    ):
+        decode(msgpack.packb([wire.CONTROL.highest + 1, 4, 0, 0, ["p"]]))
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ class FakeDispatcher:
         self.generations: list[FakeGeneration] = []
         self.refusals: list[RequestError | None] = []
         """Raised by the next submits, first come first; None lets one through."""
-        self.facts: ModelFacts | None = ModelFacts(max_model_len, block_tokens=16, digest=bytes(16))
+        self.facts: ModelFacts | None = ModelFacts(max_model_len, digest=bytes(16))
 
     def submit(self, request: GenerateRequest) -> FakeGeneration:
         refusal = self.refusals.pop(0) if self.refusals else None

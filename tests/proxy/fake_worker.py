@@ -89,6 +89,8 @@ class FakeWorker:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(address)
+        self.versions: set[int] = set()
+        """Of everything that came."""
         self._inbox: list[Any] = []
         self._arrived = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -111,9 +113,11 @@ class FakeWorker:
     def _drain(self) -> None:
         while not self._socket.closed:
             try:
-                message = wire.decode(self._socket.recv(zmq.NOBLOCK)).message
+                envelope = wire.decode(self._socket.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return
+            message = envelope.message
+            self.versions.add(envelope.version)
             if self.answer is not None:
                 self.answer(message)
             elif not isinstance(message, ProxyBeat):

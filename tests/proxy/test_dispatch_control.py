@@ -13,15 +13,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 import zmq
 
+from mesh import wire
 from mesh.errors import EXIT_PORT, EXIT_USAGE, RequestError, StartupError
-from mesh.messages import Abort, Decode, Goodbye, Prefill, ProxyBeat, Register, Welcome
+from mesh.messages import (
+    Abort,
+    Decode,
+    Goodbye,
+    OtherVersions,
+    Prefill,
+    ProxyBeat,
+    Register,
+    TokenBatch,
+    TokenDelta,
+    Welcome,
+    WorkerInfo,
+)
+from mesh.wire import CONTROL, Versions
 from proxy.control import LEASE_S
 from proxy.routing.place import Place
 from proxy.routing.pool import BEAT_TIMEOUT_S, REVIVE_AFTER_S
-from tests.proxy.fake_worker import FakeWorker, Mesh, info, request, running, tokens_of
+from tests.proxy.fake_worker import LAYOUT, FakeWorker, Mesh, info, request, running, tokens_of
 
 
 def test_a_worker_registers(tmp_path: Path) -> None:
@@ -135,7 +150,10 @@ def test_an_old_life_cannot_come_back(tmp_path: Path, caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
-    [({"model_digest": b"other"}, "another model"), ({"layout": None}, "block_tokens is 8, not 4")],
+    [
+        ({"model_digest": b"other"}, "another model"),
+        ({"layout": None}, "d1 cannot take KV blocks of d0: layers 2 -> 3"),
+    ],
 )
 def test_a_worker_that_does_not_fit_the_others_is_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any], sentence: str
@@ -144,13 +162,134 @@ def test_a_worker_that_does_not_fit_the_others_is_refused(
         async with running(tmp_path) as mesh:
             first = await mesh.worker("d0", "decode")
             if "layout" in change:
-                change["layout"] = replace(first.info.layout, block_tokens=8)
+                change["layout"] = replace(first.info.layout, layers=3)
             other = mesh.dial(info("d1", "decode", **change))
             other.send(Register(other.info))
             await mesh.until(lambda: sentence in caplog.text)
             first.send(Goodbye("making room"))
             await mesh.until(lambda: not mesh.fleet.pool.workers())
             await other.register()
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(scenario())
+
+
+def test_workers_that_can_convert_each_others_blocks_serve_together(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            first = await mesh.worker("d0", "decode")
+            changes: list[dict[str, Any]] = [{"block_tokens": 16}, {"dtype": "bfloat16"}, {"tp": 2, "rank": 1}]
+            for number, change in enumerate(changes):
+                await mesh.worker(f"d{number + 1}", "decode", layout=replace(first.info.layout, **change))
+            assert len(mesh.fleet.pool.workers()) == 4
+            assert mesh.fleet.pool.block_sizes == (4, 16)
+            assert mesh.fleet.pool.token_bytes == first.info.layout.token_bytes
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(scenario())
+    assert "d2 converts KV blocks: dtype float32 -> bfloat16 (of d0)" in caplog.text
+
+
+def test_a_layout_that_is_none_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            other = mesh.dial(info("d0", "decode"))
+            other.send(Register(replace(other.info, layout=replace(other.info.layout, block_tokens=0))))
+            await mesh.until(lambda: "block_tokens 0" in caplog.text)
+            assert not mesh.fleet.pool.workers()
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(scenario())
+
+
+BEFORE = CONTROL.highest - 1
+
+
+async def of_the_version_before(mesh: Mesh, worker: WorkerInfo) -> FakeWorker:
+    """A worker that knows nothing of the present version, registered."""
+    old = mesh.dial(worker)
+    old.send_raw(wire.encode(Register(worker), worker.incarnation, version=BEFORE))
+    await old.expect(Welcome)
+    return old
+
+
+def test_a_worker_of_the_version_before_is_told_everything_in_its_version(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            old = await of_the_version_before(mesh, info("d0", "decode"))
+            new = await mesh.worker("p0", "prefill")
+            generation = mesh.dispatcher.submit(request(tokens=range(50)))
+            job = await old.expect(Decode)
+            assert job.source is not None
+            assert (job.source.worker_id, job.source.layout) == ("p0", None), "it has never heard of a peer's layout"
+            assert await new.expect(Prefill)
+            assert (old.versions, new.versions) == ({BEFORE}, {CONTROL.highest})
+            old.send_raw(
+                wire.encode(TokenBatch((TokenDelta("r", 1, 0, (7,), (), "length", None, ()),)), 1, version=BEFORE)
+            )
+            assert await tokens_of(generation) == [7]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("old_first", [True, False])
+def test_a_worker_that_cannot_convert_serves_with_equal_ones_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, old_first: bool
+) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            new = info("d1", "decode", layout=replace(LAYOUT, block_tokens=16))
+            if old_first:
+                await of_the_version_before(mesh, info("d0", "decode"))
+                mesh.dial(new).send(Register(new))
+            else:
+                await mesh.worker("d1", "decode", layout=new.layout)
+                old = info("d0", "decode")
+                mesh.dial(old).send_raw(wire.encode(Register(old), old.incarnation, version=BEFORE))
+            await mesh.until(lambda: "KV protocol 5 of" in caplog.text)
+            assert "block_tokens is" in caplog.text
+            assert len(mesh.fleet.pool.workers()) == 1
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(scenario())
+
+
+def test_a_late_registration_in_a_lower_version_changes_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            worker = await mesh.worker("d0", "decode")
+            worker.send_raw(wire.encode(Register(worker.info), worker.info.incarnation, version=BEFORE))
+            await worker.expect(Welcome)
+            assert worker.versions == {CONTROL.highest}
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_without_a_common_version_is_told_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            future = mesh.dial(info("d0", "decode"))
+            for _ in range(2):
+                future.send_raw(msgpack.packb([9, 1, 1, 0, ["a body that nobody here knows"]]))
+                assert (await future.expect(OtherVersions)).control == CONTROL
+            assert caplog.text.count("control protocol 9; this process speaks 5 to 6") == 1
+            assert not mesh.fleet.pool.workers()
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(scenario())
+
+
+def test_workers_without_a_common_kv_protocol_do_not_serve_together(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            await mesh.worker("d0", "decode")
+            other = info("d1", "decode", kv=Versions(7, 8))
+            mesh.dial(other).send(Register(other))
+            await mesh.until(lambda: "d1 speaks KV protocol 7 to 8 and d0 5 to 6" in caplog.text)
 
     with caplog.at_level(logging.WARNING):
         asyncio.run(scenario())

@@ -50,7 +50,7 @@ def test_a_long_prompt_goes_through_both_pools(tmp_path: Path) -> None:
             assert second.source.kv_address == prefill.info.kv_address
             same = ("request_id", "attempt", "tokens", "num_prompt_tokens", "params", "hash_root")
             assert all(getattr(first, name) == getattr(second, name) for name in same)
-            assert first.hash_root == blockhash.root(b"digest", LAYOUT)
+            assert first.hash_root == blockhash.root(b"digest")
             prefill.tokens(first, 0, [7])
             decode.tokens(second, 0, [7])
             decode.tokens(second, 1, [8], finish="length")
@@ -61,7 +61,8 @@ def test_a_long_prompt_goes_through_both_pools(tmp_path: Path) -> None:
 
 
 def peer(worker: FakeWorker) -> Peer:
-    return Peer(worker.info.worker_id, worker.info.incarnation, worker.info.kv_address, worker.info.host)
+    info = worker.info
+    return Peer(info.worker_id, info.incarnation, info.kv_address, info.host, info.layout, info.kv)
 
 
 def test_a_prefill_worker_hears_what_the_decode_worker_has_of_the_turns_before(tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_a_prefill_worker_hears_what_the_decode_worker_has_of_the_turns_before(t
         async with running(tmp_path) as mesh:
             prefill = await mesh.worker("p0", "prefill")
             decode = await mesh.worker("d0", "decode")
-            tokens, root = tuple(range(2000)), blockhash.root(b"digest", LAYOUT)
+            tokens, root = tuple(range(2000)), blockhash.root(b"digest")
             held = blockhash.chain(root, tokens, LAYOUT.block_tokens)[:300]
             decode.send(BlockEvents(1, True, tuple(held), ()))
             await mesh.until(lambda: len(mesh.index) == 300)
@@ -89,7 +90,7 @@ def test_both_workers_hear_who_else_has_the_prompts_beginning(tmp_path: Path) ->
             prefill = await mesh.worker("p0", "prefill")
             full = await mesh.worker("d1", "decode", max_num_seqs=0)
             decode = await mesh.worker("d0", "decode", total_blocks=1000)
-            tokens, root = tuple(range(2000)), blockhash.root(b"digest", LAYOUT)
+            tokens, root = tuple(range(2000)), blockhash.root(b"digest")
             held = blockhash.chain(root, tokens, LAYOUT.block_tokens)[:300]
             full.send(BlockEvents(1, True, tuple(held), ()))
             await mesh.until(lambda: len(mesh.index) == 300)
@@ -101,12 +102,39 @@ def test_both_workers_hear_who_else_has_the_prompts_beginning(tmp_path: Path) ->
     asyncio.run(scenario())
 
 
+def test_workers_of_unequal_block_sizes_are_each_asked_in_their_own(tmp_path: Path) -> None:
+    """What the prefill worker has in blocks of 16 and the decode worker in blocks of 4 is compared in tokens."""
+
+    async def scenario() -> None:
+        async with running(tmp_path) as mesh:
+            large = replace(LAYOUT, block_tokens=16, dtype="bfloat16")
+            prefill = await mesh.worker("p0", "prefill", layout=large)
+            decode = await mesh.worker("d0", "decode")
+            tokens, root = tuple(range(2000)), blockhash.root(b"digest")
+            prefill.send(BlockEvents(1, True, tuple(blockhash.chain(root, tokens, 16)[:50]), ()))
+            decode.send(BlockEvents(1, True, tuple(blockhash.chain(root, tokens, 4)[:300]), ()))
+            await mesh.until(lambda: len(mesh.index) == 350)
+            mesh.dispatcher.submit(request(tokens=tokens))
+            first, second = await prefill.expect(Prefill), await decode.expect(Decode)
+            ((holder, has),) = [(h.peer, h.tokens) for h in first.holders]
+            assert (holder.layout, has) == (LAYOUT, 1200)
+            assert second.source is not None
+            assert second.source.layout == large
+            decode.send(BlockEvents(2, True, (), ()))
+            prefill.send(BlockEvents(2, True, tuple(blockhash.chain(root, tokens, 16)[:100]), ()))
+            await mesh.until(lambda: len(mesh.index) == 100)
+            mesh.dispatcher.submit(request("b", tokens=tokens))
+            assert (await prefill.expect(Prefill)).holders == (), "it has 1600 tokens, the other none"
+
+    asyncio.run(scenario())
+
+
 def test_a_salt_separates_the_blocks(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as mesh:
             decode = await mesh.worker("d0", "decode")
             mesh.dispatcher.submit(replace(request(), cache_salt="mine"))
-            assert (await decode.expect(Decode)).hash_root == blockhash.root(b"digest", LAYOUT, salt="mine")
+            assert (await decode.expect(Decode)).hash_root == blockhash.root(b"digest", salt="mine")
 
     asyncio.run(scenario())
 
@@ -308,7 +336,7 @@ def test_a_request_goes_where_its_prefix_is(tmp_path: Path) -> None:
         async with running(tmp_path) as mesh:
             workers = {w: await mesh.worker(w, "decode") for w in ("d0", "d1")}
             tokens = tuple(range(40))
-            held = blockhash.chain(blockhash.root(b"digest", LAYOUT), tokens, LAYOUT.block_tokens)
+            held = blockhash.chain(blockhash.root(b"digest"), tokens, LAYOUT.block_tokens)
             workers["d1"].send(BlockEvents(1, True, tuple(held[:5]), ()))
             await mesh.until(lambda: len(mesh.index) == 5)
             mesh.dispatcher.submit(request("a", tokens))

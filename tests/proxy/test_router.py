@@ -353,6 +353,6 @@ def test_the_shortest_context_is_what_the_fleet_serves() -> None:
     pool.register(info("d0", "decode", max_model_len=100), 0.0)
     pool.register(info("d1", "decode", max_model_len=50), 0.0)
     assert pool.model is not None
-    assert (pool.model.max_model_len, pool.model.block_tokens) == (50, 4)
+    assert pool.model.max_model_len == 50
     pool.forget(Place("d1", 1), 1.0)
     assert pool.model.max_model_len == 100

@@ -67,7 +67,7 @@ class Simulation:
         self._exchange = Exchange("exchange")
         model = SimRunner(1, BLOCK_TOKENS, VOCAB)
         self._layout = model.layout
-        self._oracle = Oracle(model.layout, blockhash.root(model.digest, model.layout))
+        self._oracle = Oracle(model.layout, blockhash.root(model.digest))
 
     def run(self) -> Report:
         with tiny(random.Random(self.plan.seed), self._layout.block_bytes, self.network.damaged):

@@ -249,21 +249,28 @@ def left_blocks_asked_of_nobody(
     return original(state, number, asked & ~missing, missing, failed=failed)
 
 
-@mutant((gathering, "ended"))
-def failed_holder_asked_again(original: Any, state: Any, number: int, asked: int, missing: int, *, failed: bool) -> Any:
-    return original(state, number, asked, 0 if failed else missing, failed=False)
+def _claims_kept(before: Any, after: Any) -> Any:
+    pairs = zip(before.sources, after.sources, strict=True)
+    return replace(after, sources=tuple(replace(now, has=was.has) for was, now in pairs))
 
 
 @mutant((gathering, "ended"))
-def stale_claim_believed_again(
+def failed_holder_asked_again(original: Any, state: Any, *arguments: Any, failed: bool) -> Any:
+    after = original(state, *arguments, failed=failed)
+    return _claims_kept(state, after) if failed else after
+
+
+@mutant((gathering, "ended"))
+def stale_claim_believed_again(original: Any, state: Any, *arguments: Any, failed: bool) -> Any:
+    after = original(state, *arguments, failed=failed)
+    return after if failed else _claims_kept(state, after)
+
+
+@mutant((gathering, "ended"))
+def block_that_is_here_fetched_again(
     original: Any, state: Any, number: int, asked: int, missing: int, *, failed: bool
 ) -> Any:
-    return original(state, number, asked, missing if failed else 0, failed=failed)
-
-
-@mutant((gathering, "arrived"))
-def block_that_is_here_fetched_again(original: Any, state: Any, index: int) -> Any:
-    return state
+    return replace(original(state, number, asked, missing, failed=failed), wanted=state.wanted)
 
 
 @mutant((gathering, "stopped"))
@@ -345,8 +352,8 @@ def tail_taken_for_a_full_block(original: Any, one: Any, missing: Any, payload: 
 
 
 @mutant((EngineFetching, "begin"))
-def cached_blocks_not_pinned(original: Any, one: Any, request: Any) -> Any:
-    missing = original(one, request)
+def cached_blocks_not_pinned(original: Any, one: Any, request: Any, theirs: Any) -> Any:
+    missing = original(one, request, theirs)
     one._blocks._release_fetched(request)
     one._blocks._note(request)
     return missing

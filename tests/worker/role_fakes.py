@@ -16,7 +16,7 @@ from worker.role import Parts, Replies
 from worker.steploop import StepLoop
 
 LAYOUT = KvLayout(layers=1, kv_heads=1, head_dim=4, block_tokens=4, dtype="uint8")
-SOURCE = Peer("prefill-0", 7, "ipc:///nowhere", "host")
+SOURCE = Peer("prefill-0", 7, "ipc:///nowhere", "host", LAYOUT)
 
 
 @dataclass(slots=True)
@@ -93,8 +93,8 @@ def decode_message(
     return Decode("r", attempt, prompt, tokens, params, b"root", 60.0, source, holders, limit)
 
 
-DECODE = Peer("decode-0", 9, "", "host")
-OTHER = Peer("decode-1", 10, "", "host")
+DECODE = Peer("decode-0", 9, "", "host", LAYOUT)
+OTHER = Peer("decode-1", 10, "", "host", LAYOUT)
 
 
 def prefill_message(tokens: int = 10, attempt: int = 1, *, holders: tuple[KvHolder, ...] = ()) -> Prefill:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from decode.role import DecodeRole
@@ -10,7 +12,7 @@ from engine.step import Missing, StepOutput, TokenOut
 from kvtransfer.endpoint import BlockArrived, FetchEnded, Noted
 from mesh.messages import Abort, KvHolder, Peer, Refused
 from mesh.params import SamplingParams
-from tests.worker.role_fakes import DECODE, OTHER, SOURCE, Bench, decode_message
+from tests.worker.role_fakes import DECODE, LAYOUT, OTHER, SOURCE, Bench, decode_message
 from worker.firsttoken import FirstToken
 from worker.steploop import Expected, Rejected, Stepped
 
@@ -123,6 +125,36 @@ def test_a_long_remainder_is_handed_back() -> None:
     assert role.num_jobs == 0
 
 
+@pytest.mark.parametrize(
+    ("their_size", "came", "owed"),
+    [(2, {0, 1, 2}, 6), (2, {0, 1, 2, 3}, 2), (2, {0, 2, 3, 4}, 10), (8, {0}, 2), (8, {1}, 10), (8, {0, 1}, 0)],
+)
+def test_what_is_owed_is_counted_in_blocks_that_are_whole_here(their_size: int, came: set[int], owed: int) -> None:
+    """Of 10 tokens in blocks of 4, from a worker with smaller or larger ones."""
+    bench = Bench()
+    role = DecodeRole(bench.parts)
+    layout = replace(LAYOUT, block_tokens=their_size)
+    role.assign(bench.proxy, decode_message(source=replace(SOURCE, layout=layout), limit=max(0, owed - 1)))
+    assert [theirs for _, theirs in bench.loop.named("expect")] == [layout]
+    count = -(-10 // their_size)
+    role.expected(Expected(KEY, tuple(Missing(i, bytes([i]) * 16, their_size) for i in range(count))))
+    transfer = bench.kv.named("gather")[0][0]
+    role.transferred([*(BlockArrived(transfer, i, b"block") for i in sorted(came)), ended(transfer)])
+    assert bench.loop.named("fill") == [(KEY, i, b"block", layout) for i in sorted(came)]
+    if owed:
+        assert bench.link.sent[0].message.startswith(f"{owed} tokens")
+    else:
+        assert bench.loop.named("ready") == [(KEY, ())]
+
+
+def test_blocks_that_cannot_be_converted_are_not_expected_in_their_form() -> None:
+    """The fetch is refused and the prompt computed."""
+    bench = Bench()
+    strange = replace(SOURCE, layout=replace(LAYOUT, block_tokens=0))
+    DecodeRole(bench.parts).assign(bench.proxy, decode_message(source=strange))
+    assert [theirs for _, theirs in bench.loop.named("expect")] == [None]
+
+
 def test_a_finish_at_the_prefill_worker_ends_the_request_here() -> None:
     bench = Bench()
     role, transfer = fetching(bench)
@@ -145,7 +177,7 @@ def test_a_newer_attempt_replaces_the_older_one() -> None:
     role, transfer = fetching(bench)
     role.assign(bench.proxy, decode_message(attempt=2))
     assert bench.kv.named("abort_fetch") == [(transfer,)]
-    assert [request.key for (request,) in bench.loop.named("expect")] == [KEY, "r#2"]
+    assert [request.key for (request, _) in bench.loop.named("expect")] == [KEY, "r#2"]
 
 
 def test_an_abort_of_an_older_attempt_does_not_touch_the_newer() -> None:

@@ -11,9 +11,10 @@ import pytest
 import zmq
 
 from mesh import wire
-from mesh.messages import Goodbye, ProxyBeat, Register, Welcome
+from mesh.messages import Goodbye, OtherVersions, ProxyBeat, Register, Welcome
+from mesh.wire import CONTROL, Versions
 from tests.worker.role_fakes import Clock, info
-from worker.links import ProxyLink
+from worker.links import REGISTER_EVERY_S, ProxyLink
 
 WAIT_MS = 10_000
 
@@ -30,9 +31,14 @@ class Proxy:
         self.peer, frame = self.socket.recv_multipart()
         return wire.decode(frame).message
 
-    def send(self, link: ProxyLink, message: Any) -> list[Any]:
+    def version_of_next(self) -> int:
+        assert self.socket.poll(WAIT_MS), "nothing came"
+        self.peer, frame = self.socket.recv_multipart()
+        return wire.decode(frame).version
+
+    def send(self, link: ProxyLink, message: Any, version: int = 0) -> list[Any]:
         """What the link hands out once the message has arrived."""
-        self.socket.send_multipart((self.peer, wire.encode(message, 1)))
+        self.socket.send_multipart((self.peer, wire.encode(message, 1, version=version)))
         assert link.socket.poll(WAIT_MS)
         return [envelope.message for envelope in link.receive()]
 
@@ -128,3 +134,48 @@ def test_a_bad_frame_is_skipped(ends: tuple[Proxy, ProxyLink, Clock]) -> None:
     welcomed(proxy, link, clock)
     proxy.socket.send_multipart((proxy.peer, b"\x93garbage"))
     assert proxy.send(link, ProxyBeat("proxy-a")) == [ProxyBeat("proxy-a")]
+
+
+def test_an_older_proxy_is_spoken_to_in_its_version(ends: tuple[Proxy, ProxyLink, Clock]) -> None:
+    """It does not understand the first `Register` and cannot say so."""
+    proxy, link, clock = ends
+    assert proxy.version_of_next() == CONTROL.highest
+    clock.now += REGISTER_EVERY_S
+    link.tick(clock.now)
+    assert proxy.version_of_next() == CONTROL.highest - 1
+    (welcome,) = proxy.send(link, Welcome("old", 10.0), version=CONTROL.highest - 1)
+    assert link.heard(welcome, clock.now)
+    link.send(Goodbye("done"))
+    link.flush()
+    assert proxy.version_of_next() == CONTROL.highest - 1
+
+
+def test_registrations_without_an_answer_go_through_all_versions(ends: tuple[Proxy, ProxyLink, Clock]) -> None:
+    proxy, link, clock = ends
+    versions = [proxy.version_of_next()]
+    for _ in range(3):
+        clock.now += REGISTER_EVERY_S
+        link.tick(clock.now)
+        versions.append(proxy.version_of_next())
+    assert versions == [6, 5, 6, 5]
+
+
+def test_a_proxy_that_says_its_versions_is_spoken_to_in_the_common_one(ends: tuple[Proxy, ProxyLink, Clock]) -> None:
+    proxy, link, clock = ends
+    proxy.receive()
+    assert proxy.send(link, OtherVersions(Versions(2, 5))) == []
+    clock.now += REGISTER_EVERY_S
+    link.tick(clock.now)
+    assert proxy.version_of_next() == 5
+
+
+def test_without_a_common_version_one_sentence_is_logged(
+    ends: tuple[Proxy, ProxyLink, Clock], caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy, link, _ = ends
+    proxy.receive()
+    for _ in range(2):
+        assert proxy.send(link, OtherVersions(Versions(7, 9))) == []
+    (record,) = [r for r in caplog.records if "control protocol" in r.message]
+    assert record.message.endswith("speaks control protocol 7 to 9 and this worker 5 to 6")
+    assert not link.registered

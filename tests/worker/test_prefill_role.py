@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from engine.request import EngineRequest
@@ -10,7 +12,7 @@ from kvtransfer.endpoint import BlockArrived, FetchEnded, StreamReleased
 from mesh.messages import Abort, KvHolder, TokenBatch
 from mesh.params import SamplingParams
 from prefill.role import PrefillRole
-from tests.worker.role_fakes import DECODE, OTHER, Bench, decode_message, prefill_message
+from tests.worker.role_fakes import DECODE, LAYOUT, OTHER, Bench, decode_message, prefill_message
 from worker.firsttoken import FirstToken
 from worker.steploop import Expected, Stepped
 
@@ -134,17 +136,33 @@ def ended(transfer: bytes, outcome: str = "ok") -> FetchEnded:
 def test_a_history_is_fetched_from_its_holders_before_the_rest_is_computed() -> None:
     bench = Bench()
     role, transfer = fetching(bench)
-    assert [r.hold for (r,) in bench.loop.named("expect")] == [True]
+    assert [(r.hold, theirs) for r, theirs in bench.loop.named("expect")] == [(True, None)]
     assert bench.kv.named("open_stream") == [(KEY,)], "the decode worker's fetch may come meanwhile"
     ((_, attempt, maker, stream, holders, wanted, left),) = bench.kv.named("gather")
     assert (attempt, maker, stream, holders, left) == (1, None, "", HOLDERS, 60.0)
     assert [(w.index, w.name, w.valid_tokens) for w in wanted] == [(0, bytes(16), 4), (1, bytes([1]) * 16, 4)]
     role.transferred([BlockArrived(transfer, 1, b"one"), BlockArrived(transfer, 0, b"zero")])
-    assert bench.loop.named("fill") == [(KEY, 1, b"one"), (KEY, 0, b"zero")]
+    assert bench.loop.named("fill") == [(KEY, 1, b"one", None), (KEY, 0, b"zero", None)]
     assert not bench.loop.named("ready")
     role.transferred([ended(transfer)])
     assert bench.loop.named("ready") == [(KEY, ())]
     assert not bench.loop.named("add")
+
+
+def test_a_history_in_larger_blocks_is_asked_for_in_those() -> None:
+    bench = Bench()
+    role = PrefillRole(bench.parts)
+    layout = replace(LAYOUT, block_tokens=8)
+    large = KvHolder(replace(DECODE, layout=layout), 8, 0)
+    small = KvHolder(OTHER, 8, 0)
+    role.assign(bench.proxy, prefill_message(holders=(large, small)))
+    assert [theirs for _, theirs in bench.loop.named("expect")] == [layout]
+    role.expected(Expected(KEY, (Missing(0, bytes(16), 8), Missing(1, bytes(16), 2))))
+    ((transfer, _, _, _, holders, wanted, _),) = bench.kv.named("gather")
+    assert holders == (large,), "one fetch is in one block size"
+    assert [(w.index, w.valid_tokens) for w in wanted] == [(0, 8)], "of 8 tokens that are said to be there"
+    role.transferred([BlockArrived(transfer, 0, b"both")])
+    assert bench.loop.named("fill") == [(KEY, 0, b"both", layout)]
 
 
 def test_what_is_fetched_is_told_to_the_proxy() -> None:
