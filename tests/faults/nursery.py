@@ -1,8 +1,8 @@
 """A process that has imported all that a worker needs and forks workers: one that was killed is back at once.
 
 It starts no thread, so a fork of it is as good as a new process. It takes an order per line and answers with the
-worker's process id; when its input ends, all its workers are killed. It does not wait for them, so that no id is used
-twice.
+worker's process id; when its input ends, or it is told to end, all its workers are killed. It does not wait for them,
+so that no id is used twice.
 """
 
 from __future__ import annotations
@@ -72,6 +72,9 @@ class Nursery:
         self._children.append(Forked(int(self._process.stdout.readline())))
         return self._children[-1]
 
+    def send_signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
     def close(self) -> None:
         self._process.communicate()
         for child in self._children:
@@ -80,6 +83,7 @@ class Nursery:
 
 def main() -> None:
     children: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
         for line in iter(sys.stdin.readline, ""):
             pid = os.fork()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from mesh.modeldir import DEMO_MODEL
 from tests.faults import client
 from tests.faults.__main__ import main
 from tests.faults.client import Client, Violation
+from tests.faults.fleet import FLAGS
 from tests.faults.links import Strikes
+from tests.faults.nursery import Nursery
 from tests.faults.plan import MESSAGE_KINDS, PLAIN, SIDES, WORKER_KINDS, Ask, answer, draw
 from tests.kvtransfer.relay import FLIP, Frame
 
@@ -105,3 +110,13 @@ def test_a_strike_hits_the_next_messages_and_no_others() -> None:
     strikes.forget()
     assert strikes.apply(message).kind == ""
     assert strikes.done == {FLIP: 1}
+
+
+@pytest.mark.e2e
+def test_a_nursery_that_is_told_to_end_takes_its_workers_along(tmp_path: Path) -> None:
+    nursery = Nursery()
+    child = nursery.fork("prefill", [str(DEMO_MODEL), *FLAGS], "", tmp_path / "log")
+    assert child.poll() is None
+    nursery.send_signal(signal.SIGTERM)
+    child.wait(30)
+    nursery.close()
