@@ -31,6 +31,8 @@ SLACK_S = 0.5
 """What a thread may need beyond the time that it waits for the other side, before a process ends without it."""
 MAX_PAIRS = 256
 """Groups that an endpoint is in at once, each way: each is a thread and some sockets."""
+LARGER = 16
+"""So many times the own bound may a parcel have: its holder's blocks may be larger, and its numbers wider."""
 _SEGMENT = re.compile(r"(.{1,255}:\d{1,5})/([0-9a-f]{32})")
 
 
@@ -96,11 +98,12 @@ class CollectiveTransport:
         pair = self._receiver(place.segment)
         if pair.failure:
             raise TransportFault(pair.failure)
-        if place.slot != pair.next_number or not 0 <= size <= self._parcel_bytes:
+        if place.slot != pair.next_number or not 0 <= size <= LARGER * self._parcel_bytes:
             pair.abandon("a parcel's message was lost, or is none")
             raise TransportFault(pair.failure)
         pair.next_number += 1
-        landing = Arriving(pair, self._pool.get(self._parcel_bytes), size, self._clock, self._wait_s + SLACK_S)
+        buffer = self._pool.get(max(size, self._parcel_bytes))
+        landing = Arriving(pair, buffer, size, self._clock, self._wait_s + SLACK_S)
         pair.put(landing.move)
         return landing
 

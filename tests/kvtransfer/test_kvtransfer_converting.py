@@ -202,7 +202,7 @@ def test_both_at_once(theirs: int, own: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize(("theirs", "own"), [(64, 16), (16, 64)])
+@pytest.mark.parametrize(("theirs", "own"), [(128, 16), (16, 128)])
 def test_every_transport_carries_blocks_of_the_holders_size(route: str, theirs: int, own: int, tmp_path: Path) -> None:
     """Large ones, which travel alone, to a fetcher whose own travel together, and the other way round."""
     check(
@@ -211,6 +211,19 @@ def test_every_transport_carries_blocks_of_the_holders_size(route: str, theirs: 
         replace(LAYOUT, block_tokens=theirs),
         route,
     )
+
+
+@pytest.mark.parametrize(("theirs", "own"), [(512, 64), (16, 128)])
+def test_a_group_carries_parcels_of_the_holders_size(theirs: int, own: int, tmp_path: Path) -> None:
+    """Larger than the largest of one's own: a block of 2 MiB that travels alone, or ten together."""
+    layouts = replace(LAYOUT, block_tokens=own), replace(LAYOUT, block_tokens=theirs)
+    with ends(tmp_path, [layouts[0]], [layouts[1]], "gloo") as ((receiver,), (holder,), clock):
+        receiver.expect(layouts[1])
+        receiver.bring(holder, clock, 1)
+        receiver.assert_holds_all(["float32"])
+        stats = receiver.side.endpoint.stats()
+        assert set(stats.bytes_in) == {"gloo"}
+        assert "transport" not in stats.dropped
 
 
 @pytest.mark.parametrize(("theirs", "own"), [(64, 16), (16, 64)])
