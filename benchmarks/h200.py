@@ -209,7 +209,7 @@ def check_logits(plan: Plan) -> float:
 def decode_step(plan: Plan, model: Decoder, pool: Tensor, rows: int, max_blocks: int) -> DecodeStep:
     if model.ops.static is None:
         raise SystemExit("triton is not installed: there is nothing to measure")
-    step = DecodeStep(model, model.ops.static, pool, (0,), rows, max_blocks)
+    step = DecodeStep(model, model.ops.static, pool, (0,), rows, max_blocks, plan.config.vocab_size)
     step.sizes = (rows,)
     if plan.device.type == "cuda":
         step.capture(None)

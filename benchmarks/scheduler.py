@@ -85,7 +85,7 @@ class NoModelAhead(NoModel):
         super().__init__(num_blocks, max_rows, max_blocks)
         model: Any = NoDecoder()
         static = StaticOperators(no_metadata, pack, lambda logits, numbers: logits[:, 0])
-        step = DecodeStep(model, static, torch.empty(0), (0,), max_rows, max_blocks)
+        step = DecodeStep(model, static, torch.empty(0), (0,), max_rows, max_blocks, 1)
         self.decoding = Decoding(step, BLOCK_TOKENS, draw)
 
     def run(self, rows: Sequence[Row]) -> list[Sampled]:

@@ -48,6 +48,7 @@ class DecodeStep:
         windows: Collection[int],
         max_rows: int,
         max_blocks: int,
+        vocab_size: int,
     ) -> None:
         device = pool.device
         self.sizes = ladder(max_rows)
@@ -59,7 +60,8 @@ class DecodeStep:
         self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._positions = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
         self._tables = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
-        self._replay: Callable[[int], Tensor] = self._compute
+        self._logits = torch.empty((max_rows, vocab_size), dtype=torch.float32, device=device)
+        self._replay: Callable[[int], None] = self._compute
 
     @property
     def max_blocks(self) -> int:
@@ -68,24 +70,18 @@ class DecodeStep:
 
     def capture(self, progress: Progress | None) -> None:
         """From now on, steps are replayed. Every page stays as it is."""
-        graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        graphs: dict[int, torch.cuda.CUDAGraph] = {}
         memory = None
         for done, size in enumerate(reversed(self.sizes)):  # the largest first: the others fit into its memory
             self._compute(size)  # compiles what is launched
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=memory):
-                logits = self._compute(size)
+                self._compute(size)
             memory = graph.pool()
-            graphs[size] = graph, logits
+            graphs[size] = graph
             if progress is not None:
                 progress("capturing decode steps", (done + 1) / len(self.sizes))
-
-        def replay(size: int) -> Tensor:
-            graph, logits = graphs[size]
-            graph.replay()
-            return logits
-
-        self._replay = replay
+        self._replay = lambda size: graphs[size].replay()
 
     def tell_pages(self, places: Sequence[int], indices: Sequence[int], pages: Sequence[int]) -> None:
         """Writes `pages[i]` as the page `indices[i]` of the row at `places[i]`."""
@@ -107,9 +103,10 @@ class DecodeStep:
         self._tokens[:rows].copy_(tokens)
         self._positions[:rows].copy_(positions)
         self._positions[rows:size].fill_(-1)
-        return self._replay(size)[:rows]
+        self._replay(size)
+        return self._logits[:rows]
 
-    def _compute(self, size: int) -> Tensor:
+    def _compute(self, size: int) -> None:
         metadata = self._build_metadata(self._positions[:size], self._tables[:size])
         hidden = self._model.forward(self._tokens[:size], self._pool, metadata)
-        return self._model.logits(hidden)
+        self._logits[:size].copy_(self._model.logits(hidden))

@@ -128,7 +128,7 @@ class Decoding:
             tokens = begun.read()
             return {request: Sampled(tokens[begun.shares[request.key][0]]) for request in requests}
         places, logits = self._launch(shares, kept, None)
-        rows = torch.tensor([places[request.key] for request in requests], device=logits.device)
+        rows = upload(np.array([places[request.key] for request in requests], np.int64), logits.device)
         return dict(zip(requests, sample(logits[rows], requests, self._draw), strict=True))
 
     def _begin(self, shares: Sequence[_Share], kept: Sequence[EngineRequest], drawn: Tensor | None) -> _Begun:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -58,6 +59,8 @@ class ModelRunner:
         self.digest = digest
         self._model = model
         self._device = device
+        # Triton launches on its thread's current device, and the thread that steps is not the one that loads.
+        self._on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with torch.inference_mode():
             self._pool = _allocate_pool(layout, num_blocks, device)
             windows = sorted(set(config.windows))
@@ -66,7 +69,9 @@ class ModelRunner:
             self.decodes_ahead = model.ops.static is not None
             if model.ops.static is not None:
                 max_blocks = -(-max_model_len // layout.block_tokens)
-                step = DecodeStep(model, model.ops.static, self._pool, windows, max_num_seqs, max_blocks)
+                step = DecodeStep(
+                    model, model.ops.static, self._pool, windows, max_num_seqs, max_blocks, config.vocab_size
+                )
                 self._decoding = Decoding(step, layout.block_tokens, model.ops.draw)
                 if device.type == "cuda":
                     step.capture(progress)
@@ -108,7 +113,8 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> list[Sampled]:
         """Computes the rows' KV into their pages and samples where a row catches up. One result per row."""
-        return self._compute(rows) if self._decoding is None else self._decoding.run(rows, self._compute)
+        with self._on_device:
+            return self._compute(rows) if self._decoding is None else self._decoding.run(rows, self._compute)
 
     def _compute(self, rows: Sequence[Row]) -> list[Sampled]:
         """All rows in one pass."""

@@ -4,7 +4,8 @@
                                                                                             └─ draw (kernels.sampling)
 
 A row's result depends on its logits, its params and its tokens only, never on the rows beside it: the random number is
-a pure function of (seed, choice, position), sums run over token ids in order, and ties are settled by token id.
+a pure function of (seed, choice, position), sums run over token ids in order, and ties are settled by token id. Nothing
+waits for the device before the tokens are read.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from engine.request import EngineRequest
 from engine.step import Sampled
 from kernels.sampling import Draw, Draws, draw
+from kernels.upload import upload
 from mesh.errors import GrammarError
 from mesh.messages import TokenLogprob
 from mesh.params import SamplingParams
@@ -115,7 +117,7 @@ def _adjusted(logits: Tensor, requests: Sequence[EngineRequest]) -> tuple[Tensor
 def _repetition(logits: Tensor, rows: Sequence[int], requests: Sequence[EngineRequest]) -> None:
     """Divides positive and multiplies negative logits of every token seen (Keskar et al. 2019, as transformers)."""
     flat = logits.view(-1)
-    places = _tensor_of(np.unique(_places(rows, [requests[row].tokens for row in rows], logits)), logits)
+    places = upload(np.unique(_places(rows, [requests[row].tokens for row in rows], logits)), logits.device)
     penalty = _per_row(rows, [requests[row].params.repetition_penalty for row in rows], places, logits)
     seen = flat[places]
     flat[places] = torch.where(seen > 0, seen / penalty, seen * penalty)
@@ -125,7 +127,7 @@ def _presence_and_frequency(logits: Tensor, rows: Sequence[int], requests: Seque
     """Subtracts `presence` once and `frequency` per occurrence in the output, as OpenAI defines them."""
     outputs = [requests[row].tokens[requests[row].num_prompt_tokens :] for row in rows]
     unique, occurrences = np.unique(_places(rows, outputs, logits), return_counts=True)
-    places, counts = _tensor_of(unique, logits), _tensor_of(occurrences, logits)
+    places, counts = upload(unique, logits.device), upload(occurrences, logits.device)
     presence = _per_row(rows, [requests[row].params.presence_penalty for row in rows], places, logits)
     frequency = _per_row(rows, [requests[row].params.frequency_penalty for row in rows], places, logits)
     logits.view(-1)[places] -= counts * frequency + presence
@@ -143,14 +145,17 @@ def _bias(logits: Tensor, rows: Sequence[int], requests: Sequence[EngineRequest]
         suppressed += [(row, token) for token in _completing(request) if 0 <= token < vocab]
     if at:
         row_ids, tokens, values = zip(*at, strict=True)
-        logits.index_put_(_positions(row_ids, tokens, logits), _tensor(values, logits), accumulate=True)
+        logits.index_put_(
+            _positions(row_ids, tokens, logits), upload(np.array(values, np.float32), logits.device), accumulate=True
+        )
     if suppressed:
         row_ids, tokens = zip(*suppressed, strict=True)
-        logits.index_put_(_positions(row_ids, tokens, logits), _tensor([float("-inf")], logits))
+        nothing = torch.full((1,), float("-inf"), device=logits.device)
+        logits.index_put_(_positions(row_ids, tokens, logits), nothing)
     for row in rows:
         allowed = [token for token in requests[row].params.allowed_token_ids if 0 <= token < vocab]
         if allowed:
-            ids = torch.tensor(allowed, device=logits.device)
+            ids = _ids(allowed, logits)
             kept = logits[row, ids]
             logits[row] = float("-inf")
             logits[row, ids] = kept
@@ -185,7 +190,7 @@ def _constrain(logits: Tensor, rows: Sequence[int], requests: Sequence[EngineReq
             spent += 0.0 if request.matcher is None else request.matcher.cost_s
         if flags is None:
             continue
-        banned = torch.from_numpy(~flags[: logits.shape[1]]).to(logits.device)
+        banned = upload(~flags[: logits.shape[1]], logits.device)
         logits[row, : len(banned)].masked_fill_(banned, float("-inf"))
         logits[row, len(banned) :] = float("-inf")
     return failures
@@ -200,9 +205,9 @@ def _places(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Tensor
 
 def _per_row(rows: Sequence[int], values: Sequence[float], places: Tensor, logits: Tensor) -> Tensor:
     """The value of the row that each place lies in."""
-    by_row = torch.zeros(logits.shape[0], dtype=logits.dtype)
-    by_row[torch.tensor(rows)] = torch.tensor(values, dtype=logits.dtype)
-    return by_row.to(logits.device)[places // logits.shape[1]]
+    by_row = np.zeros(logits.shape[0], np.float32)
+    by_row[rows] = values
+    return upload(by_row, logits.device)[places // logits.shape[1]]
 
 
 def needs_host(request: EngineRequest) -> bool:
@@ -236,7 +241,7 @@ def _logprobs(logits: Tensor, requests: Sequence[EngineRequest], tokens: Tensor)
     wanted = [(row, r.params.logprobs) for row, r in enumerate(requests) if r.params.logprobs is not None]
     if wanted:
         rows = [row for row, _ in wanted]
-        index = torch.tensor(rows, device=logits.device)
+        index = _ids(rows, logits)
         chosen = _top_logprobs(logits[index], tokens[index], [top for _, top in wanted])
         for row, logprob in zip(rows, chosen, strict=True):
             found[row] = logprob
@@ -261,12 +266,8 @@ def _top_logprobs(logits: Tensor, tokens: Tensor, tops: Sequence[int]) -> list[T
 
 
 def _positions(rows: Sequence[int], tokens: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.tensor(rows, device=like.device), torch.tensor(tokens, device=like.device)
+    return _ids(rows, like), _ids(tokens, like)
 
 
-def _tensor_of(values: npt.NDArray[np.int64], like: Tensor) -> Tensor:
-    return torch.from_numpy(values).to(like.device)
-
-
-def _tensor(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)
+def _ids(values: Sequence[int], like: Tensor) -> Tensor:
+    return upload(np.array(values, np.int64), like.device)

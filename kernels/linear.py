@@ -20,7 +20,8 @@ class Linear(Protocol):
     """`x @ weight.T + bias`."""
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`x` `[tokens, in]` and `residual` `[tokens, out]`, which is added, to `[tokens, out]`."""
+        """`x` `[tokens, in]` and `residual` `[tokens, out]`, which is added, to `[tokens, out]`. Neither is looked at
+        again by the caller: the result may lie where `residual` was."""
 
 
 class DenseLinear:
@@ -31,8 +32,10 @@ class DenseLinear:
         self.bias = bias
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = functional.linear(x, self.weight, self.bias)
-        return y if residual is None else y.add_(residual)
+        if residual is None:
+            return functional.linear(x, self.weight, self.bias)
+        y = residual.addmm_(x, self.weight.t())  # the product adds it: no pass of its own over the result
+        return y if self.bias is None else y.add_(self.bias)
 
 
 class PackedLinear:

@@ -80,7 +80,7 @@ class AheadRunner(SimRunner):
         super().__init__(num_blocks, block_tokens, vocab, **options)
         pool = torch.from_numpy(self._pool.view(np.int64))
         model: Any = SimDecoder(self)
-        self.decoding = Decoding(DecodeStep(model, STATIC, pool, (0,), 8, 50), block_tokens, draw)
+        self.decoding = Decoding(DecodeStep(model, STATIC, pool, (0,), 8, 50, 1), block_tokens, draw)
 
     def compute(self, rows: Sequence[Row]) -> list[Sampled]:
         return super().run(rows)

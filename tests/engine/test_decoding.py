@@ -13,6 +13,7 @@ from engine.engine import Engine, EngineConfig
 from engine.places import Places
 from engine.request import EngineRequest
 from engine.sampler import needs_host
+from engine.step import Row
 from mesh.params import SamplingParams
 from tests.engine.sim_decoding import AheadRunner
 from tests.engine.sim_requests import BLOCK, VOCAB, idle, oracle, prompt, request, run, steps
@@ -94,6 +95,24 @@ def test_what_was_begun_for_a_row_that_is_aborted_or_preempted_is_dropped() -> N
     assert engine.num_preemptions > 0
     assert all(tokens[str(i)] == oracle(prompt(6, i), 18)[-len(tokens[str(i)]) :] for i in range(1, 4))
     idle(engine)
+
+
+def test_a_preempted_request_is_computed_again_into_its_new_page() -> None:
+    """Found in the prefix cache but for its last page, it owes what had been begun, which only the old page has."""
+    runner, again = AheadRunner(8, BLOCK, VOCAB), request("a", prompt(2 * BLOCK))
+    again.block_table = [0, 1, 2]
+
+    def step(num_tokens: int) -> None:
+        (one,) = runner.run([Row(again, num_tokens)])
+        assert one.token is not None
+        again.num_computed_tokens += num_tokens
+        again.tokens.append(one.token)
+
+    step(2 * BLOCK)
+    again.num_preemptions, again.block_table = 1, [0, 1, 5]
+    for _ in range(3):
+        step(1)
+    assert again.tokens[2 * BLOCK :] == oracle(prompt(2 * BLOCK), 4)
 
 
 def test_without_a_page_to_spare_a_row_is_not_computed_ahead() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.sim_engine import SimRunner
 from kvtransfer.transports.local import Exchange
@@ -67,7 +67,7 @@ class Simulation:
         self._exchange = Exchange("exchange")
         model = SimRunner(1, BLOCK_TOKENS, VOCAB)
         self._layout = model.layout
-        self._oracle = Oracle(model.layout, blockhash.root(model.digest))
+        self._oracle = Oracle(sorted({w.block_tokens for w in plan.workers}), blockhash.root(model.digest))
 
     def run(self) -> Report:
         with tiny(random.Random(self.plan.seed), self._layout.block_bytes, self.network.damaged):
@@ -166,8 +166,8 @@ class Simulation:
             0,
             "sim",
             b"",
-            self._layout,
-            plan.blocks,
+            replace(self._layout, block_tokens=plan.block_tokens),
+            plan.blocks * BLOCK_TOKENS // plan.block_tokens,
             MAX_MODEL_LEN,
             plan.max_num_seqs,
             plan.max_batched_tokens,

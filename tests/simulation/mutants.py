@@ -351,6 +351,19 @@ def tail_taken_for_a_full_block(original: Any, one: Any, missing: Any, payload: 
     return original(one, replace(missing, valid_tokens=one._blocks.block_tokens), payload)
 
 
+@mutant((SimRunner, "write_parts"))
+def fetched_parts_not_written(original: Any, runner: Any, payload: Any, theirs: Any, parts: Any) -> None:
+    return None
+
+
+@mutant((EngineFetching, "_note"))
+def part_taken_for_a_whole_block(original: Any, one: Any, request: Any, missing: Any, piece: Any) -> None:
+    marks = one._written[request.key].get(missing.index)
+    if marks is not None:
+        marks[:] = True
+    original(one, request, missing, piece)
+
+
 @mutant((EngineFetching, "begin"))
 def cached_blocks_not_pinned(original: Any, one: Any, request: Any, theirs: Any) -> Any:
     missing = original(one, request, theirs)

@@ -8,7 +8,6 @@ import numpy as np
 
 from engine.sim_engine import CHAIN, MASK, expected_tokens, splitmix64
 from mesh import blockhash
-from mesh.layout import KvLayout
 
 VOCAB = 251
 
@@ -27,14 +26,19 @@ def answer(prompt: Sequence[int], max_tokens: int, stops: Sequence[int] = ()) ->
 class Oracle:
     """Knows what the undisturbed engine would compute; by plain loops, without pages."""
 
-    def __init__(self, layout: KvLayout, root: bytes) -> None:
-        self._layout = layout
+    def __init__(self, sizes: Sequence[int], root: bytes) -> None:
+        """`sizes`: of the fleet's blocks, in tokens."""
+        self._sizes = sizes
         self._root = root
-        self._blocks: dict[bytes, bytes] = {}
+        self._blocks: dict[tuple[bytes, int], bytes] = {}
+        """By name and size: the first block of a small size has the name of a larger one's beginning."""
 
     def learn(self, tokens: Sequence[int]) -> None:
         """Every block of this text, full or partly filled at any token."""
-        size = self._layout.block_tokens
+        for size in self._sizes:
+            self._learn(tokens, size)
+
+    def _learn(self, tokens: Sequence[int], size: int) -> None:
         parent, value = self._root, 0
         page = np.zeros(size, np.uint64)
         for position, token in enumerate(tokens):
@@ -43,13 +47,13 @@ class Oracle:
             page[within] = value
             page[within + 1 :] = 0
             name = blockhash.block_hash(parent, tokens[position - within : position + 1])
-            self._blocks[name] = page.tobytes()
+            self._blocks[name, page.nbytes] = page.tobytes()
             if within == size - 1:
                 parent = name
 
     def check(self, name: bytes, payload: bytes | memoryview, what: str) -> None:
         """Raises `Violation` unless the block of this name has these bytes."""
-        known = self._blocks.get(name)
+        known = self._blocks.get((name, len(payload)))
         if known is None:
             raise Violation(f"{what}: a block that no request has, {name.hex()[:8]}")
         if known != bytes(payload):

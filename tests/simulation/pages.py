@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from engine.engine import Engine
 from engine.sim_engine import SimRunner
 from engine.step import Row, Sampled
+from mesh.layout import KvLayout
+from mesh.pieces import Piece
 from tests.simulation.oracle import VOCAB, Oracle, Violation
 
 GARBAGE = 0xDEADBEEFDEADBEEF
@@ -38,6 +40,11 @@ class WatchedRunner(SimRunner):
     def write_block(self, block: int, payload: bytes | memoryview) -> None:
         self._must_be_nameless(block)
         super().write_block(block, payload)
+
+    def write_parts(self, payload: bytes | memoryview, theirs: KvLayout, parts: Sequence[tuple[int, Piece]]) -> None:
+        for block, _ in parts:
+            self._must_be_nameless(block)
+        super().write_parts(payload, theirs, parts)
 
     def _must_be_nameless(self, block: int) -> None:
         if self.engine is not None and self.engine.pool.index.name_of(block) is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from tests.simulation.client import NO_DEADLINE_S
 from tests.simulation.faults import HORIZON_S, Blow, draw_blows
@@ -11,6 +12,7 @@ from tests.simulation.oracle import VOCAB, answer
 
 MAX_MODEL_LEN = 96
 BLOCK_TOKENS = 4
+LARGE_BLOCK_TOKENS = 8
 LONGEST = 80
 """Tokens of a prompt with its answer: a pool of twenty pages holds one of them, and little else."""
 
@@ -24,6 +26,7 @@ class WorkerPlan:
     max_batched_tokens: int
     step_s: float
     clock_rate: float
+    block_tokens: int = BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ def draw(seed: int) -> Plan:
     decodes = [f"decode-{i}" for i in range(chance.choice((1, 2, 2, 3)))]
     proxies = [f"proxy-{i}" for i in range(chance.choice((1, 1, 2)))]
     workers = tuple(_worker(chance, name, gentle) for name in (*prefills, *decodes))
+    if seed % 5 == 4 and not gentle:
+        workers = tuple(replace(w, block_tokens=size) for w, size in zip(workers, _sizes(seed), strict=False))
     requests = _requests(chance, proxies, gentle)
     blows: list[Blow] = []
     rates: dict[str, float] = {}
@@ -91,6 +96,13 @@ def draw(seed: int) -> Plan:
         chance.choice((("zmq",), ("zmq",), ("local", "zmq"))),
         chance.choice((6, 6, 16, -1)),
     )
+
+
+def _sizes(seed: int) -> Iterator[int]:
+    """Of each worker's blocks, in a fleet of unequal ones."""
+    chance = random.Random(f"sizes of {seed}")
+    while True:
+        yield chance.choice((BLOCK_TOKENS, LARGE_BLOCK_TOKENS))
 
 
 def _worker(chance: random.Random, name: str, gentle: bool) -> WorkerPlan:

@@ -14,6 +14,8 @@ FOUND_BY = {
     "retry_without_a_new_attempt": 1,
     "repeated_token_emitted": 1,
     "failure_not_told": 1,
+    "fetched_parts_not_written": 4,
+    "part_taken_for_a_whole_block": 9,
 }
 """By which seed, one of the first: these die in a moment."""
 

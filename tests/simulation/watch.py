@@ -17,10 +17,11 @@ from kvtransfer.holding_state import Received as HolderReceived
 from kvtransfer.messages import Fetch, Missing
 from kvtransfer.protocol import LEASE_TTL_S, MAX_INDEX, RENEW_S, Wanted, bits
 from mesh.messages import Abort, KvHolder, Peer
+from mesh.pieces import covering
 from mesh.wire import Envelope
 from tests.simulation.faults import HORIZON_S
 from tests.simulation.oracle import Oracle, Violation
-from tests.simulation.plan import BLOCK_TOKENS, Plan
+from tests.simulation.plan import Plan
 from worker.links import ProxyLink
 from worker.role import Job, engine_key
 from worker.steploop import Expected
@@ -141,7 +142,9 @@ class Watch:
         wanted: Sequence[Wanted],
         deadline_s: float,
     ) -> None:
-        claims = {h.peer: h.tokens // BLOCK_TOKENS for h in holders} | ({maker: MAX_INDEX} if maker else {})
+        own = self._host.kv.layout
+        claims = {h.peer: h.tokens // (h.peer.layout or own).block_tokens for h in holders}
+        claims |= {maker: MAX_INDEX} if maker else {}
         if any(peer.incarnation == self._host.incarnation for peer in claims):
             raise Violation(f"{self._host.name} is told to fetch from itself")
         names, deadline = {w.index: w.name for w in wanted}, self._host.clock() + deadline_s
@@ -250,7 +253,9 @@ class Watch:
         job = cast(Any, self._host.process._role)._by_transfer.get(event.transfer_id)
         if not isinstance(job, DecodeJob) or job.started or not event.missing:
             return None
-        return job if job.num_tokens - min(event.missing) * BLOCK_TOKENS > job.recompute_limit else None
+        own = self._host.kv.layout.block_tokens
+        whole = min(event.missing) * (job.theirs or self._host.kv.layout).block_tokens // own * own
+        return job if job.num_tokens - whole > job.recompute_limit else None
 
     def _block(self, event: BlockArrived) -> None:
         wanted = self._wanted.get(event.transfer_id)
@@ -320,9 +325,13 @@ class Watch:
     def expects(self, event: Expected) -> None:
         """The engine says which blocks a request lacks: the others it holds for it."""
         request = self._host.engine._requests[event.key]
-        known = {m.index for m in event.missing} | request.fetched_pages.keys()
-        if any(index not in known for index in range(len(request.tokens) // BLOCK_TOKENS)):
-            raise Violation(f"{self._host.name} neither holds nor wants a block of {event.key}")
+        own = self._host.kv.layout
+        job = next((j for j in self._jobs().values() if j.key == event.key), None)
+        theirs, missing = getattr(job, "theirs", None) or own, {m.index for m in event.missing}
+        for index in range(len(request.tokens) // own.block_tokens if job is not None else 0):
+            wanted = missing.issuperset(covering(own, theirs, (index,), len(request.tokens)))
+            if not wanted and index not in request.fetched_pages:
+                raise Violation(f"{self._host.name} neither holds nor wants a block of {event.key}")
 
     def looped(self) -> None:
         """After a turn of the step loop."""
