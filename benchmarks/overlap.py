@@ -1,6 +1,6 @@
 """How much of a transfer the client waits for: blocks travel while later chunks of the prompt are still computed.
 
-    python -m benchmarks.overlap [--prompt 2048] [--chunk 256] [--rounds 8] [--transport shm]
+    python -m benchmarks.overlap [--prompt 2048] [--chunk 256] [--rounds 8] [--transport shm] [--blocks 400]
 
 This process is the proxy of one real prefill and one real decode worker with a random 25 M Llama. The same prompt goes
 two ways, in turn, with nothing cached: the decode worker hears of it with the prefill worker, as always; or only when
@@ -134,7 +134,14 @@ def request(proxy: Proxy, prompt: list[int], *, overlapped: bool) -> Timed:
 @contextmanager
 def worker(role: str, model: Path, folder: str, options: argparse.Namespace) -> Iterator[None]:
     flags = ["--role", role, "--worker-id", f"{role}-0", "--proxy", f"ipc://{folder}/control", "--threads", "1"]
-    flags += ["--kv-bind", f"ipc://{folder}/{role}.kv", "--transport", options.transport, "--kv-blocks", "2048"]
+    flags += [
+        "--kv-bind",
+        f"ipc://{folder}/{role}.kv",
+        "--transport",
+        options.transport,
+        "--kv-blocks",
+        str(options.blocks),
+    ]
     flags += ["--max-num-batched-tokens", str(options.chunk), "--metrics-bind", "", "--log-level", "warning"]
     child = subprocess.Popen([sys.executable, "-m", role, *flags, str(model)])
     try:
@@ -150,6 +157,12 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=256, help="tokens of a prefill step")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--transport", default="shm", help="shm or zmq")
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        default=400,
+        help="of a pool: few are soon used again, and a page used first costs its zeroing",
+    )
     options = parser.parse_args()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
