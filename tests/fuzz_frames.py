@@ -138,6 +138,13 @@ class Fuzzer:
         self._shm = ShmTransport("fuzz", 4096)
         self._cuda = CudaTransport(HostMemory(asks=1), "fuzz", 4096)
         self._inline = InlineTransport(4096)
+        for transport in (
+            self._shm,
+            self._cuda,
+        ):  # slots are made with the first parcel
+            posted = transport.post([b"p"], b"")
+            assert posted is not None
+            transport.reclaim(posted.place.slot, posted.place.seq)
         self._now = 0.0
         self._steps = 0
         self._holding = hs.Holding(ME, LAYOUT)

@@ -299,12 +299,12 @@ def two_calls(words: Words, tools: Sequence[Tool], chosen: Tool) -> tuple[str, l
 BUILDERS: tuple[tuple[str, Builder, float], ...] = (
     ("chat", chat, 0.08),
     ("recall", recall, 0.42),
-    ("copy", copying, 0.2),
+    ("copy", copying, 0.3),
     ("json", structured, 0.07),
     ("tools", calling, 0.23),
 )
 
-BUILDERS_OF_SHORT_ROWS = (*BUILDERS, ("turned", turned, 0.6))
+BUILDERS_OF_SHORT_ROWS = (*BUILDERS, ("turned", turned, 0.12))
 
 
 def conversation(words: Words, room: int) -> Conversation:

@@ -78,12 +78,8 @@ STAGES = (
     Stage(10_000_000, 0.25, ((512, 16, 0.25), (1024, 8, 0.35), (256, 32, 0.25), (4096, 3, 0.15)), 3),
     Stage(10_000_000, 0.25, ((4096, 3, 0.4), (1024, 8, 0.35), (256, 32, 0.25)), 4),
 )
-WARM_STAGES = (
-    Stage(6_000_000, 0.4, ((256, 32, 0.85), (1024, 8, 0.15)), 51),
-    Stage(3_000_000, 0.3, ((256, 32, 0.45), (512, 16, 0.15), (1024, 8, 0.25), (4096, 3, 0.15)), 52),
-    Stage(3_000_000, 0.3, ((256, 32, 0.3), (512, 16, 0.15), (1024, 8, 0.3), (4096, 3, 0.25)), 53),
-)
-"""Of a run that starts with trained weights. Only what short rows hold more of is learned from these first."""
+WARM_STAGES = (Stage(4_000_000, 1.0, ((256, 32, 0.4), (512, 16, 0.15), (1024, 8, 0.3), (4096, 3, 0.15)), 61),)
+"""Of a run that starts with trained weights: nothing has to be learned from short rows first."""
 
 
 @dataclass(frozen=True, slots=True)
