@@ -248,7 +248,7 @@ def test_turned_facts_have_their_values_first() -> None:
 def test_who_is_about_to_say_a_value_looks_at_its_statement() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     found = 0
-    for example in islice(examples(9, 256), 60):
+    for example in islice(examples(9, 256), 200):
         said = [str(tokenizer.decode([token])) for token in example.ids]
         for source, target in example.looks:
             before, stated = "".join(said[: source + 1]), "".join(said[: target + 1])
