@@ -291,9 +291,10 @@ def _fetch(state: Holding, event: Received, fetch: Fetch, now: float, effects: l
         return _put(state, replace(known, fetched_at=now))
     serving = _new_serving(state, event, fetch, now) if known is None else _asked_again(known, fetch, now)
     state = _claim(_put(state, serving), serving)
-    effects.append(Send(event.link, Standing(0, (serving.stand,))))
+    # the notes first: a `Standing` that says closed and nothing owed says that all is on its way
     for seq in range(fetch.notes, len(serving.notes)):
         effects.append(Send(event.link, Note(fetch.transfer_id, fetch.attempt, seq, serving.notes[seq])))
+    effects.append(Send(event.link, Standing(0, (serving.stand,))))
     if serving.phase != CLOSED:
         effects.append(WantsChanged(serving.stream))
     return _pump(state, serving, now, effects)
