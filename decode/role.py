@@ -46,7 +46,7 @@ class DecodeJob(Job):
     theirs: KvLayout | None = None
     """What the blocks that come are converted from."""
     missing: tuple[Missing, ...] = ()
-    """Of the source's blocks."""
+    """Of the blocks as the holders have them."""
     transfer_id: bytes = b""
     began: float = 0.0
     """When the fetch began."""

@@ -14,6 +14,7 @@ from kvtransfer.messages import (
     Credit,
     Fetch,
     Missing,
+    Note,
     Offer,
     Refusal,
     Renew,
@@ -106,6 +107,15 @@ def test_nothing_is_wanted_of_a_stream_that_never_opens_once_nobody_waits(end: h
     state, effects = hold(end, now=when, state=replace(state, leases={LINK: hs.Lease(ME, when)}))
     assert hs.WantsChanged("s") in effects
     assert state.wants("s") == frozenset()
+
+
+def test_the_notes_of_a_closed_stream_go_before_the_word_that_all_is_on_its_way() -> None:
+    """Of nothing but notes: whoever reads that word first thinks the notes lost, and asks again."""
+    _, effects = hold(hs.OpenStream("s"), hs.GiveNote("s", b"first"), hs.CloseStream("s"), ask(wanted=()))
+    (note, standing, *_) = [e.message for e in effects if isinstance(e, hs.Send)]
+    assert isinstance(note, Note)
+    assert isinstance(standing, Standing)
+    assert (standing.transfers[0].owed, standing.transfers[0].notes) == (0, 1)
 
 
 def test_repeating_a_fetch_sends_nothing_twice() -> None:

@@ -24,7 +24,7 @@ START_HEAD, LOOK_HEAD = 0, 2
 NOWHERE = -1
 """A token that is shown nothing."""
 LONGEST_ROW = 512
-"""In tokens: scores of one head are small there, and longer rows teach nothing else."""
+"""In tokens: the scores of one head are small there. Longer rows have not been tried."""
 ENDS = (".", "!", "?", ":", "user", "assistant", "system", "tool")
 BLANKS = (" ", "\n")
 
