@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import ragged
+from kernels import attention, ragged
 from kernels.attention import AttentionMetadata, Workspace, paged_attention, write_kv
 
 LAYERS, BLOCK_TOKENS, DIM = 2, 4, 8
@@ -152,3 +152,19 @@ def test_half_precision_pool(dtype: torch.dtype) -> None:
     wanted = dense(case, 5)
     half = Case(case.pool.to(dtype), case.queries.to(dtype), case.histories, case.lengths, case.tables)
     torch.testing.assert_close(half.run(5).double(), wanted, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 6])
+def test_many_rows_in_bfloat16_lose_nothing_to_the_rounding_of_scores(
+    monkeypatch: pytest.MonkeyPatch, kv_heads: int
+) -> None:
+    case = make(tuple((1, kv) for kv in (70, 80, 90, 100)), 6, kv_heads)
+    large = Case(
+        case.pool.bfloat16(), (4 * case.queries).bfloat16(), case.histories, case.lengths, case.tables
+    )  # scores of a size at which their rounding shows
+    exact = Case(large.pool.double(), large.queries.double(), case.histories, case.lengths, case.tables).run(0)
+    errors = []
+    for many_keys in (attention.MANY_KEYS, 1):
+        monkeypatch.setattr(attention, "MANY_KEYS", many_keys)
+        errors.append(float((large.run(0).double() - exact).norm() / exact.norm()))
+    assert errors[1] < 2 * errors[0]

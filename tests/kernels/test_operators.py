@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import blocks
+from kernels import blocks, linear
 from kernels.activation import silu_and_mul
 from kernels.dispatch import operators
 from kernels.linear import (
@@ -55,7 +55,7 @@ def test_silu_and_mul_gates_the_second_half() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 70])
 @pytest.mark.parametrize("biased", [False, True])
 def test_packed_linear_equals_dense(dtype: torch.dtype, rows: int, biased: bool) -> None:
     if not can_pack(CPU, dtype):
@@ -74,15 +74,34 @@ def test_packed_linear_equals_dense(dtype: torch.dtype, rows: int, biased: bool)
     for extra in (None, residual):
         wanted = exact(x.double(), None if extra is None else extra.double())
         torch.testing.assert_close(packed(x, extra).double(), wanted, atol=tolerance, rtol=tolerance)
+    assert torch._C._get_mkldnn_enabled()
+
+
+def test_large_weights_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random(24, 16, dtype=torch.bfloat16)
+    if not can_pack(CPU, weight.dtype):
+        pytest.skip("oneDNN does not multiply this dtype here")
+    assert PackedLinear(weight, None).single_row is not None
+    monkeypatch.setattr(linear, "SINGLE_ROW_BYTES", weight.nbytes - 1)
+    large, x = PackedLinear(weight, None), random(1, 16, dtype=torch.bfloat16)
+    assert large.single_row is None
+    torch.testing.assert_close(large(x), functional.linear(x, weight), atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("layer", [DenseGatedLinear, PackedGatedLinear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 9])
 @pytest.mark.parametrize("biased", [False, True])
-def test_gated_linear_is_its_formula(layer: type[DenseGatedLinear] | type[PackedGatedLinear], biased: bool) -> None:
-    gate, up, x = random(24, 16), random(25, 16)[1:], random(3, 16)
-    gate_bias, up_bias = (random(24), random(25)[1:]) if biased else (None, None)
+def test_gated_linear_is_its_formula(
+    layer: type[DenseGatedLinear] | type[PackedGatedLinear], dtype: torch.dtype, rows: int, biased: bool
+) -> None:
+    if layer is PackedGatedLinear and not can_pack(CPU, dtype):
+        pytest.skip("oneDNN does not multiply this dtype here")
+    gate, up, x = random(24, 16, dtype=dtype), random(25, 16, dtype=dtype)[1:], random(rows, 16, dtype=dtype)
+    gate_bias, up_bias = (random(24, dtype=dtype), random(25, dtype=dtype)[1:]) if biased else (None, None)
     wanted = functional.silu(functional.linear(x, gate, gate_bias)) * functional.linear(x, up, up_bias)
-    torch.testing.assert_close(layer(gate, up, gate_bias, up_bias)(x), wanted, atol=1e-5, rtol=1e-5)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(layer(gate, up, gate_bias, up_bias)(x), wanted, atol=tolerance, rtol=tolerance)
 
 
 def test_dtypes_that_cannot_be_packed_stay_dense() -> None:
