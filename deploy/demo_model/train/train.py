@@ -42,7 +42,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from deploy.demo_model.train.examples import MODEL_DIR, Example, examples
-from deploy.demo_model.train.hints import LONGEST_ROW, LOOK_HEAD, NOWHERE, START_HEAD, Sentences, pointing_loss
+from deploy.demo_model.train.hints import LOOK_HEAD, NOWHERE, START_HEAD, Sentences, pointing_loss
 from deploy.demo_model.train.muon import Adam, Muon, Optimizer, split
 from deploy.demo_model.train.network import Layer, Network, Places, Shape, read_weights, write_model
 
@@ -78,7 +78,7 @@ STAGES = (
     Stage(10_000_000, 0.25, ((512, 16, 0.25), (1024, 8, 0.35), (256, 32, 0.25), (4096, 3, 0.15)), 3),
     Stage(10_000_000, 0.25, ((4096, 3, 0.4), (1024, 8, 0.35), (256, 32, 0.25)), 4),
 )
-WARM_STAGES = (Stage(4_000_000, 1.0, ((256, 32, 0.4), (512, 16, 0.15), (1024, 8, 0.3), (4096, 3, 0.15)), 61),)
+WARM_STAGES = (Stage(20_000_000, 1.0, ((256, 32, 0.15), (512, 16, 0.15), (1024, 8, 0.35), (4096, 3, 0.35)), 71),)
 """Of a run that starts with trained weights: nothing has to be learned from short rows first."""
 
 
@@ -369,7 +369,7 @@ class Trainer:
 
     def _micro_step(self, ids: Tensor, targets: Tensor, weights: Tensor, kinds: Tensor, looks: Tensor) -> None:
         shown: dict[int, tuple[int, Tensor]] = {}
-        if self._sentences is not None and ids.shape[1] <= LONGEST_ROW:
+        if self._sentences is not None:
             starts = self._sentences.starts(ids.cpu()).to(ids.device)
             shown = {self.recipe.start_layer: (START_HEAD, starts), self.recipe.look_layer: (LOOK_HEAD, looks)}
         hints: list[Tensor] = []
