@@ -56,6 +56,7 @@ class PackedLinear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         rows = len(x)
+        y: Tensor
         if rows == 1 and self.single_row is not None:
             y = _single_row(self.single_row, x)
             y = y if self.bias is None else y.add_(self.bias)
