@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels import products
 from kernels.rotary import apply_rotary
-
-MANY_KEYS = 4096
-"""Keys of all heads of a decode batch from which whole products are faster on a CPU than torch's attention, which works
-head by head: a tenth there, twice as fast and more with one query head per key head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +32,10 @@ class PaddedBatch:
     """Which of the gathered keys are used: all of several rows', exactly the visible ones of a single row."""
     pages: Tensor
     """`[2 * rows * kv_heads * blocks]` int64: rows of the pool seen as `[-1, block_tokens * head_dim]`, for layer 0."""
+    lead: int
+    """Keys that stand before the first query's own, in the row that has the most: the query after it sees one more."""
+    causal: bool
+    """A query sees all keys up to its own: there is no window."""
     mask: Tensor | None
     """Added to the scores: `[rows, 1, queries, keys]`, `[queries, keys]` for a single row, None for a single query."""
     spread: Tensor | None
@@ -139,39 +140,27 @@ def _attend(q: Tensor, pool: Tensor, layer: int, batch: PaddedBatch, workspace: 
     keys, values = _gather(pool, layer, batch, workspace)
     if batch.spread is not None:
         q = q.index_select(0, batch.spread)
-    if batch.queries == 1:
-        # The query heads of one key-value head become the rows of one product: the keys are read once for all.
-        packed = q.reshape(batch.rows, keys.shape[1], -1, dim)
-        many = q.device.type == "cpu" and q.dtype == torch.bfloat16 and keys.numel() >= MANY_KEYS * dim
-        attend = _attend_by_products if many else functional.scaled_dot_product_attention
-        out = attend(packed, keys, values, batch.mask)
-    else:
-        q = q.view(batch.rows, batch.queries, heads, dim).transpose(1, 2)
-        grouped = heads != keys.shape[1]
-        out = functional.scaled_dot_product_attention(
-            q, keys, values, attn_mask=batch.mask, enable_gqa=grouped
-        ).transpose(1, 2)
+    q = q.view(batch.rows, batch.queries, heads, dim)
+    out = _one_query(q, keys, values, batch) if batch.queries == 1 else _many_queries(q, keys, values, batch)
     out = out.reshape(-1, heads, dim)
     return out if batch.collect is None else out.index_select(0, batch.collect)
 
 
-def _attend_by_products(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """`scaled_dot_product_attention` of `q` `[rows, kv_heads, group, head_dim]` in bfloat16, by whole products.
+def _one_query(q: Tensor, keys: Tensor, values: Tensor, batch: PaddedBatch) -> Tensor:
+    # The query heads of one key-value head become the rows of one product: the keys are read once for all.
+    packed = q.reshape(batch.rows, keys.shape[1], -1, q.shape[-1])
+    if products.fits(q, keys):
+        return products.decode_attention(packed, keys, values, batch.mask)
+    return functional.scaled_dot_product_attention(packed, keys, values, attn_mask=batch.mask)
 
-    A product is rounded to bfloat16, which is too coarse for scores: the rest that rounding took is a second product,
-    from which the first one is subtracted before it is rounded itself.
-    """
-    rows, kv_heads, group, dim = q.shape
-    q, keys, values = q.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
-    keys = keys.transpose(1, 2)
-    scores = torch.bmm(q, keys)
-    rest = torch.baddbmm(scores, q, keys, beta=-1)
-    scores = scores.float().add_(rest)
-    if mask is None:
-        scores.mul_(dim**-0.5)
-    else:
-        scores = torch.add(mask, scores.view(rows, kv_heads, group, -1), alpha=dim**-0.5).flatten(0, 1)
-    return torch.bmm(scores.softmax(-1).to(q.dtype), values).view(rows, kv_heads, group, dim)
+
+def _many_queries(q: Tensor, keys: Tensor, values: Tensor, batch: PaddedBatch) -> Tensor:
+    if batch.mask is not None and products.fits(q, keys):
+        return products.prompt_attention(q, keys, values, batch.mask, batch.lead, batch.causal)
+    grouped = q.shape[2] != keys.shape[1]
+    return functional.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, values, attn_mask=batch.mask, enable_gqa=grouped
+    ).transpose(1, 2)
 
 
 def _gather(pool: Tensor, layer: int, batch: PaddedBatch, workspace: Workspace) -> tuple[Tensor, Tensor]:

@@ -173,12 +173,15 @@ def _pad(tiles: Sequence[_Tile], window: int, pool: Tensor, workspace: Workspace
     else:
         keys = slice(0, blocks * pool.shape[4])
         mask = _mask(tiles, queries, keys.stop, window, pool)
+    lead = max(tile.first - tile.first_block * pool.shape[4] for tile in tiles) - keys.start
     return PaddedBatch(
         start=start,
         stop=stop,
         rows=len(tiles),
         queries=queries,
         keys=keys,
+        lead=lead,
+        causal=window == 0,
         pages=torch.from_numpy(_pages(tiles, blocks, pool)).to(pool.device),
         mask=mask,
         spread=None if spread is None else torch.from_numpy(spread).to(pool.device),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import attention, ragged
+from kernels import products, ragged
 from kernels.attention import AttentionMetadata, Workspace, paged_attention, write_kv
 
 LAYERS, BLOCK_TOKENS, DIM = 2, 4, 8
@@ -155,16 +155,28 @@ def test_half_precision_pool(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [2, 6])
-def test_many_rows_in_bfloat16_lose_nothing_to_the_rounding_of_scores(
-    monkeypatch: pytest.MonkeyPatch, kv_heads: int
+@pytest.mark.parametrize("window", [0, 30])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [(1, kv) for kv in (70, 80, 90, 100)],
+        [(60, kv) for kv in (70, 80, 90, 100)],
+        [(50, 50), (49, 70), (40, 40)],
+        [(150, 150)],
+        [(90, 300)],
+    ],
+    ids=["decode", "chunks", "padded", "prompt", "chunk"],
+)
+def test_whole_products_in_bfloat16_are_as_exact_as_torchs_attention(
+    monkeypatch: pytest.MonkeyPatch, kv_heads: int, window: int, lengths: list[tuple[int, int]]
 ) -> None:
-    case = make(tuple((1, kv) for kv in (70, 80, 90, 100)), 6, kv_heads)
-    large = Case(
-        case.pool.bfloat16(), (4 * case.queries).bfloat16(), case.histories, case.lengths, case.tables
-    )  # scores of a size at which their rounding shows
-    exact = Case(large.pool.double(), large.queries.double(), case.histories, case.lengths, case.tables).run(0)
+    case = make(tuple(lengths), 6, kv_heads)
+    pool, queries = case.pool.bfloat16(), (4 * case.queries).bfloat16()  # of a size at which rounding shows
+    half = Case(pool, queries, case.histories, case.lengths, case.tables)
+    exact = Case(pool.double(), queries.double(), case.histories, case.lengths, case.tables).run(window)
     errors = []
-    for many_keys in (attention.MANY_KEYS, 1):
-        monkeypatch.setattr(attention, "MANY_KEYS", many_keys)
-        errors.append(float((large.run(0).double() - exact).norm() / exact.norm()))
+    for few_keys in (1 << 30, 1):
+        monkeypatch.setattr(products, "FEW_KEYS", few_keys)
+        errors.append(float((half.run(window).double() - exact).norm() / exact.norm()))
+    assert errors[0] != errors[1]
     assert errors[1] < 2 * errors[0]
