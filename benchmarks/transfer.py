@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import zmq
 
-from kvtransfer.linktest import ROUTES, Context, Pages, Spent, copy_once, link_times, spent, started
+from kvtransfer.linktest import HELD_BYTES, ROUTES, Context, Pages, Spent, copy_once, link_times, spent, started
 from kvtransfer.transports.base import parcel_bytes
 from kvtransfer.transports.choice import unfit
 
@@ -59,11 +59,12 @@ def serve_raw(kib: int) -> None:
     socket.sndhwm = RAW_QUEUE
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # or it would drop what does not fit its queue, and not wait
     print(f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}", flush=True)
-    part = os.urandom(parcel_bytes(kib << 10))
+    size = parcel_bytes(kib << 10)
+    held = [os.urandom(size) for _ in range(HELD_BYTES // size)]  # one part again and again would never leave the cache
     while True:
-        link, size = socket.recv_multipart()
-        for _ in range(-(-int(size) // len(part))):
-            socket.send_multipart((link, b"head", part), copy=False)
+        link, wanted = socket.recv_multipart()
+        for number in range(-(-int(wanted) // size)):
+            socket.send_multipart((link, b"head", held[number % len(held)]), copy=False)
 
 
 def fetch_raw(socket: zmq.Socket[bytes], pages: Pages) -> float:

@@ -39,6 +39,8 @@ from mesh.messages import Peer
 
 ROUTES = ("local", "shm", "zmq-ipc", "zmq-tcp", "zmq-aes", "gloo", "cuda")
 FETCH_LIMIT_S = 120.0
+HELD_BYTES = 64 << 20
+"""Different blocks of a holder: more than a cache has room for."""
 Context = zmq.Context[zmq.Socket[bytes]]
 Pages = npt.NDArray[np.uint8]
 
@@ -71,7 +73,7 @@ class Station:
         )
         self.poller = zmq.Poller()
         self.watched: set[zmq.Socket[bytes]] = set()
-        self.held = [os.urandom(kib << 10) for _ in range(max(1, (64 << 10) // kib))]
+        self.held = [os.urandom(kib << 10) for _ in range(max(1, HELD_BYTES // (kib << 10)))]
 
     def turn(self, wait_ms: int) -> list[BlockArrived | FetchEnded]:
         current = set(self.endpoint.sockets())
