@@ -70,12 +70,13 @@ class PackedLinear:
 
 def _single_row(weight: Tensor, x: Tensor) -> Tensor:
     """`x` `[1, in]` times bfloat16 `weight` `[out, in]` by torch's own kernel, to `[1, out]`."""
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)  # or torch would ask oneDNN, which reorders the weights each time
+    # Asked first, oneDNN would reorder the weights each time. The switch is the process's: a thread that finds it on
+    # again is slower for one product.
+    torch._C._set_mkldnn_enabled(False)
     try:
         return torch.mv(weight, x[0])[None]
     finally:
-        torch._C._set_mkldnn_enabled(enabled)
+        torch._C._set_mkldnn_enabled(True)
 
 
 def _padded(x: Tensor) -> Tensor:
