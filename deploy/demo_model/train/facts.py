@@ -220,7 +220,7 @@ _MAKERS: tuple[Callable[[Words], Fact], ...] = (
     _meeting,
 )
 _WEIGHTS = (8, 3, 2, 1, 4, 3, 2, 2, 1, 1)
-_TRAINED_WEIGHTS = (9, 2, 1.5, 0.7, 8, 3, 8, 2, 2, 1)
+_TRAINED_WEIGHTS = (9, 3, 4, 1, 6, 3, 6, 2, 2, 1.5)
 
 
 def turned_facts(words: Words, count: int) -> list[Fact]:
