@@ -110,7 +110,7 @@ class Connection:
 class VirtualSocket:
     """A DEALER or a ROUTER of one process. Options that shape nothing here are taken and forgotten."""
 
-    def __init__(self, network: Carrier, host: Host, kind: int, number: int) -> None:
+    def __init__(self, network: Carrier, host: Host, kind: int) -> None:
         self.network = network
         self.host = host
         self.kind = kind
@@ -123,16 +123,9 @@ class VirtualSocket:
         self.peers: dict[bytes, Connection] = {}
         """Of a ROUTER, by routing id."""
         self._options: dict[int, Any] = {}
-        self._number = number
         self._parts: list[bytes] = []
         self._early: deque[list[bytes]] = deque()
         """Sent before the first connection is there."""
-
-    def __hash__(self) -> int:
-        return self._number  # sets of sockets are walked in the same order in every run
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
     def setsockopt(self, option: int, value: Any) -> None:
         self._options[option] = value
@@ -165,9 +158,10 @@ class VirtualSocket:
             self.network.unplug(self)
 
     def send(self, frame: Any, flags: int = 0, copy: bool = True) -> None:
+        data = bytes(frame)
         if not self._parts:
-            self._check(bytes(frame))
-        self._parts.append(bytes(frame))
+            self._check(data)
+        self._parts.append(data)
         if not flags & zmq.SNDMORE:
             parts, self._parts = self._parts, []
             self._send(parts)
