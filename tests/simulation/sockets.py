@@ -14,6 +14,8 @@ import zmq
 from tests.simulation.host import Host
 
 EVENT = struct.Struct("=hi")
+MORE_FOLLOWS = (zmq.SNDMORE, zmq.SNDMORE | zmq.NOBLOCK)
+"""Of a frame that is not its message's last; compared as a whole, since ZeroMQ's flags are slow to take apart."""
 
 
 class TryAgain(zmq.Again):
@@ -162,14 +164,14 @@ class VirtualSocket:
         if not self._parts:
             self._check(data)
         self._parts.append(data)
-        if not flags & zmq.SNDMORE:
+        if flags not in MORE_FOLLOWS:
             parts, self._parts = self._parts, []
             self._send(parts)
 
     def send_multipart(self, parts: Any, flags: int = 0) -> None:
-        last = len(parts) - 1
-        for i, part in enumerate(parts):
-            self.send(part, flags | (zmq.SNDMORE if i < last else 0))
+        data = [bytes(part) for part in parts]
+        self._check(data[0])
+        self._send(data)
 
     def _check(self, first: bytes) -> None:
         if self.kind == zmq.ROUTER:
