@@ -23,6 +23,7 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
+from engine.request import EngineRequest
 from engine.step import Row, Sampled
 from mesh.errors import GrammarError
 from mesh.layout import KvLayout
@@ -123,13 +124,14 @@ class SimRunner:
 
     def run(self, rows: Sequence[Row]) -> list[Sampled]:
         """Writes the rows' content into their pages, reads whole histories back, takes the cost model's time."""
-        decode = sum(1 for row in rows if row.num_tokens == 1)
-        self._write_single([row for row in rows if row.num_tokens == 1])
+        decode = 0
         for row in rows:
-            if row.num_tokens > 1:
+            if row.num_tokens == 1:
+                decode += 1
+                self._write_single(row.request)
+            else:
                 self._write_chunk(row)
-        digests = iter(self._read([row for row in rows if row.samples]))
-        results = [self._result(row, next(digests) if row.samples else None) for row in rows]
+        results = [self._result(row, self._read(row.request) if row.samples else None) for row in rows]
         seconds = self._cost.seconds(sum(row.num_tokens for row in rows) - decode, decode)
         if seconds > 0:
             self._sleep(seconds)
@@ -151,16 +153,12 @@ class SimRunner:
         for block, piece in parts:
             self._pool[block, piece.target[1]] = words[piece.source[1]]
 
-    def _write_single(self, rows: Sequence[Row]) -> None:
-        size = self.layout.block_tokens
-        position = np.array([row.request.num_computed_tokens for row in rows], np.int64)
-        page = np.array([r.request.block_table[r.request.num_computed_tokens // size] for r in rows], np.int64)
-        previous = np.array(
-            [r.request.block_table[max(0, r.request.num_computed_tokens - 1) // size] for r in rows], np.int64
-        )
-        token = np.array([row.request.tokens[row.request.num_computed_tokens] for row in rows], np.uint64)
-        before = np.where(position > 0, self._pool[previous, (position - 1) % size], np.uint64(self._seed))
-        self._pool[page, position % size] = before * np.uint64(CHAIN) + _mix(token)
+    def _write_single(self, request: EngineRequest) -> None:
+        position, table, size = request.num_computed_tokens, request.block_table, self.layout.block_tokens
+        last = position - 1
+        before = int(self._pool[table[last // size], last % size]) if position else self._seed
+        value = (CHAIN * before + splitmix64(request.tokens[position])) & MASK
+        self._pool[table[position // size], position % size] = value
 
     def _write_chunk(self, row: Row) -> None:
         request, size = row.request, self.layout.block_tokens
@@ -173,22 +171,11 @@ class SimRunner:
         inner = np.cumsum(_mix(tokens) * self._powers.inverse(count), dtype=np.uint64) + before
         self._pool[table[position // size], position % size] = inner * self._powers.chain(count)
 
-    def _read(self, rows: Sequence[Row]) -> list[int]:
-        """`d[n]` of each row: one gather over all pages of all rows."""
-        if not rows:
-            return []
-        size = self.layout.block_tokens
-        lengths = np.array([len(row.request.tokens) for row in rows], np.int64)
-        num_blocks = -(-lengths // size)
-        starts = np.concatenate(([0], np.cumsum(num_blocks)[:-1]))
-        tables = [row.request.block_table[:count] for row, count in zip(rows, num_blocks.tolist(), strict=True)]
-        pages = np.fromiter((block for table in tables for block in table), np.int64, int(num_blocks.sum()))
-        within = np.arange(len(pages)) - np.repeat(starts, num_blocks)
-        positions = within[:, None] * size + np.arange(size)
-        values = self._pool[pages] * self._powers.weight(int(num_blocks.max()) * size)[positions]
-        values[positions >= np.repeat(lengths, num_blocks)[:, None]] = 0
-        sums: list[int] = np.add.reduceat(values.sum(axis=1, dtype=np.uint64), starts).tolist()
-        return sums
+    def _read(self, request: EngineRequest) -> int:
+        """`d[n]`, over all pages."""
+        length = len(request.tokens)
+        values = self._pool[request.block_table].reshape(-1)[:length]
+        return int(values @ self._powers.weight(length))
 
     def _result(self, row: Row, digest: int | None) -> Sampled:
         request = row.request

@@ -112,10 +112,7 @@ class Fetcher:
     def next_deadline(self) -> float:
         if any(link.behind for link in self._links.values()):
             return self._clock() + LANDING_POLL_S
-        nearest = [
-            fetching.next_deadline(link.state) if link.state.transfers else link.idle_since + LINK_IDLE_S
-            for link in self._links.values()
-        ]
+        nearest = [link.due if link.state.transfers else link.idle_since + LINK_IDLE_S for link in self._links.values()]
         return min(nearest, default=float("inf"))
 
     def fetch(
@@ -195,7 +192,9 @@ class Fetcher:
         return Link(key, dealer, inbound, monitors, state, now, now, size, version, opener)
 
     def _apply(self, link: Link, event: fs.Event) -> None:
-        link.state, effects = fetching.step(link.state, event, self._clock())
+        after, effects = fetching.step(link.state, event, self._clock())
+        if after is not link.state:
+            link.state, link.due = after, fetching.next_deadline(after)
         for effect in effects:
             self._do(link, effect)
         if link.state.transfers:

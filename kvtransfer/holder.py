@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -85,6 +86,8 @@ class Holder:
                 raise
         self.monitor = monitor_of(self.out, LOST)
         self.state = hs.Holding(incarnation, layout)
+        self._due = math.inf
+        """When a tick of this state has something to do."""
         self._me = incarnation
         self._parcel_bytes = parcel_bytes(layout.block_bytes)
         self._transports = transports
@@ -120,8 +123,7 @@ class Holder:
     def next_deadline(self) -> float:
         if self._parcels or self._fresh:
             return self._clock()
-        nearest = holding.next_deadline(self.state)
-        return min(nearest, self._probe_at) if self._probes else nearest
+        return min(self._due, self._probe_at) if self._probes else self._due
 
     def give(self, stream: str | None, name: bytes, payload: Payload | None) -> None:
         """A block from the engine: produced for `stream`, or (None) the answer to `NeedBlocks`."""
@@ -147,7 +149,9 @@ class Holder:
         self._step(event)
 
     def _step(self, event: hs.Event) -> None:
-        self.state, effects = holding.step(self.state, event, self._clock())
+        after, effects = holding.step(self.state, event, self._clock())
+        if after is not self.state:
+            self.state, self._due = after, holding.next_deadline(after)
         for effect in effects:
             self._do(effect)
         self._step_lost()

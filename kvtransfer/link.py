@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -41,6 +42,8 @@ class Link:
     version: int
     """Of the protocol, that both speak."""
     opener: Opener | None
+    due: float = math.inf
+    """When a tick of this state has something to do."""
     waiting: list[bytes] = field(default_factory=list)
     """What is to be said once the holder has greeted."""
     refused: str = ""

@@ -40,6 +40,7 @@ HEARTBEAT_TIMEOUT_MS = 5000
 FAILED_CONNECTS = 3
 """Refused so often (in 150 ms), a peer that registered and was reachable is dead."""
 BACKLOG = 1024
+MORE_FOLLOWS = zmq.NOBLOCK | zmq.SNDMORE
 COPY_BELOW = 1 << 16
 """Sending a frame without a copy costs more than copying it below this size."""
 HELLO_LIMIT = 128
@@ -187,8 +188,8 @@ def read_monitor(monitor: Socket) -> int | None:
 
 def send(socket: Socket, head: tuple[bytes, ...], payload: Payload | None) -> None:
     """All frames or none, without waiting. Raises `zmq.ZMQError` (`zmq.Again`: the queue is full)."""
-    for i, frame in enumerate(head):
-        more = zmq.SNDMORE if payload is not None or i + 1 < len(head) else 0
-        socket.send(frame, zmq.NOBLOCK | more)
+    for frame in head[:-1]:
+        socket.send(frame, MORE_FOLLOWS)
+    socket.send(head[-1], zmq.NOBLOCK if payload is None else MORE_FOLLOWS)
     if payload is not None:
         socket.send(payload, zmq.NOBLOCK, copy=len(payload) < COPY_BELOW)

@@ -33,6 +33,8 @@ SCANNED_BYTES = 512
 as its length is read, and a thousand nested lists that only claim their items would take a thousand times the frame."""
 MAX_STR_BYTES = 1 << 16
 
+SCALARS = (int, bool, str, bytes)
+"""Kinds of fields that msgpack gives as they are."""
 TokenIds = Annotated[tuple[int, ...], "int32"]
 """Token ids; one int32 array on the wire."""
 
@@ -191,7 +193,7 @@ def _decode_tokens(value: Any) -> tuple[int, ...]:
 def _coder_of(kind: Any, protocol: str, version: int) -> tuple[Encoder, Decoder]:
     if kind == TokenIds:
         return _encode_tokens, _decode_tokens
-    if kind in (int, bool, str, bytes):
+    if kind in SCALARS:
         return _same, _exactly(kind)
     if kind is float:
         return _same, _float
@@ -231,6 +233,16 @@ def _coder(cls: Any, protocol: str, version: int) -> tuple[Encoder, Decoder]:
     decoders = [decode for _, decode in coders]
     before = {f.name: f.metadata["before"] for f in fields(cls) if f not in known}
     make = partial(cls, **before) if before else cls
+
+    kinds = tuple(hints[f.name] for f in known)
+    if all(kind in SCALARS for kind in kinds):
+
+        def decode_scalars(value: Any) -> Any:
+            if type(value) is not tuple or tuple(map(type, value)) != kinds:
+                raise BadFrame(f"{cls.__name__}: {', '.join(k.__name__ for k in kinds)} expected")
+            return make(*value)
+
+        return lambda msg: [getattr(msg, n) for n, _ in pairs], decode_scalars
 
     def decode_fields(value: Any) -> Any:
         if type(value) is not tuple or len(value) != len(decoders):

@@ -155,16 +155,17 @@ class WorkerProcess:
 
     def _turn(self) -> None:
         """One round: wait, read everything that came, answer, flush."""
-        kv_sockets = set(self._station.kv.sockets())
-        self._watch(kv_sockets.union(*((link.socket, link.monitor) for link in self._links)))
+        kv_sockets = self._station.kv.sockets()
+        self._watch({*kv_sockets, *(s for link in self._links for s in (link.socket, link.monitor))})
         due_ms = (self._station.kv.next_deadline() - self._clock()) * 1000
         ready = {source for source, _ in self._poller.poll(int(max(0.0, min(POLL_MS, due_ms))))}
         if self._wake.fd in ready:
             self._wake.clear()
         now = self._clock()
         self._read_proxies(now)
-        for socket in kv_sockets & ready:
-            self._kv_events(self._station.kv.receive(socket))
+        for socket in kv_sockets:
+            if socket in ready:
+                self._kv_events(self._station.kv.receive(socket))
         self._read_loop()
         self._tick(now)
         self._replies.flush()

@@ -93,17 +93,16 @@ class BlockPool:
 
     def check(self, held: Mapping[int, int]) -> None:
         """Raises `IntegrityError` unless exactly the blocks in `held` are referenced, so many times each."""
-        for block, refs in enumerate(self._refs):
-            if refs != held.get(block, 0):
-                raise IntegrityError(f"block {block}: {refs} references, {held.get(block, 0)} holders")
-        free, cached = set(self._free), set(self._cached)
+        counted = [held.get(block, 0) for block in range(self.num_blocks)]
+        if counted != self._refs:
+            block = next(b for b in range(self.num_blocks) if counted[b] != self._refs[b])
+            raise IntegrityError(f"block {block}: {self._refs[block]} references, {counted[block]} holders")
+        free, cached, named = set(self._free), set(self._cached), self.index.named
         if len(free) != len(self._free) or free & cached:
             raise IntegrityError("a block is free twice, or free and cached")
-        for block in range(self.num_blocks):
-            if (block in free or block in cached) == (self._refs[block] > 0):
-                raise IntegrityError(f"block {block} is lost: {self._refs[block]} references")
-            named = self.index.name_of(block) is not None
-            if (block in cached and not named) or (block in free and named):
-                raise IntegrityError(f"block {block} is free with a name, or cached without one")
+        if lost := (free | cached) ^ {block for block, refs in enumerate(self._refs) if not refs}:
+            raise IntegrityError(f"blocks {sorted(lost)} are lost, or free or cached though they are held")
+        if wrong := (free & named) | (cached - named):
+            raise IntegrityError(f"blocks {sorted(wrong)} are free with a name, or cached without one")
         if self.num_free + self.num_cached + self.num_held != self.num_blocks:
             raise IntegrityError("free + cached + held is not the total")

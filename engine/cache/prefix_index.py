@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from mesh.blockhash import BlockHash
 
 
@@ -29,6 +31,11 @@ class PrefixIndex:
     def name_of(self, block: int) -> BlockHash | None:
         """The block's name, None when it has none."""
         return self._name.get(block)
+
+    @property
+    def named(self) -> Set[int]:
+        """The blocks that have a name."""
+        return self._name.keys()
 
     def is_copy(self, block: int) -> bool:
         """Another block answers for the same name."""

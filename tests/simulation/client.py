@@ -26,7 +26,6 @@ class Client:
         """`done`, the code of its error, or why it left."""
         self.deadline: float | None = None
         """By its proxy's clock."""
-        self.attempts = 0
         self.generation: RunningGeneration | None = None
         self._got = [0] * request.n
         self._finished = [False] * request.n
@@ -45,13 +44,16 @@ class Client:
         chunks, generation._chunks = generation._chunks, []
         for chunk in chunks:
             self._take(chunk.choice, chunk.index, chunk.tokens, chunk.finish)
-        self.attempts = max(c.state.attempts for c in generation.choices)
         if generation.failure is not None:
             self._failed(generation.failure)
         elif not generation._open:
             if not all(self._finished):
                 raise Violation(f"{self.name} ended without a finish")
             self.outcome = "done"
+
+    @property
+    def attempts(self) -> int:
+        return 0 if self.generation is None else max(c.state.attempts for c in self.generation.choices)
 
     @property
     def waiting(self) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engine.sim_engine import MASK, splitmix64
 
-HORIZON_S = 8.0
+HORIZON_S = 12.0
 """Nothing new goes wrong later."""
 KV_FATES = ("lose", "flip", "truncate", *("repeat",) * 2, *("overtake",) * 3, *("delay",) * 4)
 GENTLE_FATES = ("lose", "flip", "truncate", "overtake")

@@ -99,7 +99,7 @@ class Simulation:
         self._until(self._answered, ANSWERED_S, 1.0)
         if self.plan.calm:
             self._until(self._left_over, CALM_QUIET_S, 0.1)
-        self._until(self._left_over, QUIET_S, 5.0)
+        self._until(self._left_over, QUIET_S, 1.0)
         self._check_work()
 
     def _until(self, problem: Callable[[], str], limit: float, step: float) -> None:

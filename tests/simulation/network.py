@@ -39,12 +39,10 @@ class Network:
     """(from, to): until when nothing arrives."""
     damaged: set[bytes] = field(default_factory=set)
     """Frames that nobody may believe."""
-    _count: int = 0
     _dials: dict[str, int] = field(default_factory=dict)
 
     def open(self, host: Host, kind: int) -> VirtualSocket:
-        self._count += 1
-        return VirtualSocket(self, host, kind, self._count)
+        return VirtualSocket(self, host, kind)
 
     def bind(self, socket: VirtualSocket) -> None:
         self.bound[socket.address] = socket

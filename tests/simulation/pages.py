@@ -55,9 +55,10 @@ class WatchedRunner(SimRunner):
         assert self.engine is not None
         pool = self.engine.pool
         names = pool.index._name
-        for block, name in names.items():
-            if self._known.get(block) != name:
-                oracle.check(name, self._pool[block].tobytes(), f"page {block} is published")
-        self._known = dict(names)
+        if names != self._known:
+            for block, name in names.items():
+                if self._known.get(block) != name:
+                    oracle.check(name, self._pool[block].tobytes(), f"page {block} is published")
+            self._known = dict(names)
         if pool._free:
             self._pool[pool._free] = GARBAGE

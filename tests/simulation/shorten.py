@@ -37,8 +37,8 @@ def failure(plan: Plan, faults: tuple[str, ...] | None = None) -> Failure | None
 
 
 def shorten(found: Failure) -> Failure:
-    """Leaves out requests, then faults, in ever smaller groups, as long as something goes wrong without them. It need
-    not be the same thing: a shorter history of any violation is worth more."""
+    """Leaves out requests, then faults, then what requests that leaves, in ever smaller groups, as long as something
+    goes wrong without them. It need not be the same thing: a shorter history of any violation is worth more."""
     left = TRIES
 
     def fails(plan: Plan, faults: tuple[str, ...]) -> bool:
@@ -49,8 +49,12 @@ def shorten(found: Failure) -> Failure:
             found = shorter
         return shorter is not None
 
-    _drop(found.plan.requests, lambda rest: left > 0 and fails(replace(found.plan, requests=rest), found.faults))
+    def drop_requests() -> None:
+        _drop(found.plan.requests, lambda rest: left > 0 and fails(replace(found.plan, requests=rest), found.faults))
+
+    drop_requests()
     _drop(found.faults, lambda rest: left > 0 and fails(found.plan, rest))
+    drop_requests()
     return found
 
 

@@ -6,10 +6,15 @@ import hashlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+import worker.links
+from mesh.messages import Register
 from tests.simulation.__main__ import main
+from tests.simulation.client import NO_DEADLINE_S
+from tests.simulation.faults import Blow
 from tests.simulation.mutants import MUTANTS
 from tests.simulation.plan import draw
 from tests.simulation.scale import replaced
@@ -19,11 +24,7 @@ from tests.simulation.suite import Suite, hunt, play
 SEEDS_EACH = 4
 
 
-FOUND = (592, 3149004255, 1682366460)
-"""Seeds that have found something, in production or in the checks."""
-
-
-@pytest.mark.parametrize("first", [*range(0, 4 * SEEDS_EACH, SEEDS_EACH), *FOUND])
+@pytest.mark.parametrize("first", range(0, 4 * SEEDS_EACH, SEEDS_EACH))
 def test_seeds_hold(first: int) -> None:
     suite = Suite()
     for seed in range(first, first + SEEDS_EACH):
@@ -32,11 +33,25 @@ def test_seeds_hold(first: int) -> None:
     assert suite.outcomes["done"] > 20
 
 
-@pytest.mark.parametrize(("seed", "mistake"), [(7, "reconnection_taken_for_an_echo")])
+@pytest.mark.parametrize(("seed", "mistake"), [(3, "reconnection_taken_for_an_echo")])
 def test_a_bug_that_a_seed_found_stays_mended(seed: int, mistake: str) -> None:
     """The mistake is what production once did: with it the seed fails, so without it the seed shows something."""
     assert failure(draw(seed)) is None
     assert hunt(mistake, (seed,)) is not None
+
+
+def test_a_lapse_right_after_a_registration_is_no_repetition() -> None:
+    """A history of its own, since a clock that jumps within a worker's first second is drawn once in many hundred
+    seeds: the worker forgets what it was given, and says so when it registers anew. Production once did not."""
+    drawn = draw(1)
+    requests = tuple(replace(r, at=0.5, deadline_s=NO_DEADLINE_S) for r in drawn.requests[:8])
+    blows = tuple(Blow(0.6, "jump", w.name, seconds=20.0) for w in drawn.workers)
+    plan = replace(drawn, requests=requests, blows=blows, rates={})
+    assert failure(plan) is None
+    with replaced((worker.links, "Register", lambda info, _: Register(info, 0))):
+        found = failure(plan)
+    assert found is not None
+    assert "hung until its deadline" in found.violation or "without an end" in found.violation
 
 
 def test_a_seed_plays_byte_for_byte_in_any_process() -> None:
@@ -60,7 +75,7 @@ def digest(seed: int) -> str:
 
 
 def test_only_the_named_faults_are_injected_where_they_were() -> None:
-    plan = draw(2)
+    plan = draw(1)
     blow = next(b for b in plan.blows if b.kind == "crash")
     assert sum(str(blow) in line for line in history(plan)) == 1
     alone = history(plan, (str(blow),))
@@ -71,7 +86,7 @@ def test_only_the_named_faults_are_injected_where_they_were() -> None:
 def test_a_failure_is_shortened_to_what_it_needs() -> None:
     """One flipped bit is enough where seals are not looked at."""
     with replaced(*MUTANTS["no_seal_check"].changes):
-        found = failure(draw(1))
+        found = failure(draw(2))
         assert found is not None
         assert len(found.faults) > 10
         short = shorten(found)

@@ -364,6 +364,6 @@ class Watch:
         for job in self._jobs().values():
             if now > job.deadline + LATE_S:
                 raise Violation(f"{host.name} goes on with {job.key} after its deadline")
-        parts = host.kv._gatherer._parts
-        if {parts[t].gather.transfer_id for t in host.kv._fetcher._by_transfer} != set(role._by_transfer):
+        parts, fetched = host.kv._gatherer._parts, host.kv._fetcher._by_transfer
+        if (fetched or role._by_transfer) and {parts[t].gather.transfer_id for t in fetched} != set(role._by_transfer):
             raise Violation(f"{host.name} fetches for nobody")

@@ -31,7 +31,7 @@ from tests.simulation.watch import Watch
 from worker.grammars import Grammars
 from worker.metrics import WorkerMetrics
 from worker.process import Station, WorkerProcess
-from worker.steploop import Expected, Exported, LoopEvent, Stepped
+from worker.steploop import IDLE_WAIT_S, Expected, Exported, LoopEvent, Stepped
 
 IDLE_S = 1.0
 """Production polls every 50 ms; a longer sleep only delays deadlines."""
@@ -226,16 +226,14 @@ class WorkerHost(Host):
         if self.timeline.now < self._hangs_until:
             self._wake_loop(self._hangs_until - self.timeline.now)
             return
-        steps = self.engine.num_steps
         self.loop._turn()
         self.watch.looped()
-        stepped = self.engine.num_steps != steps
         if self._checked != (now := (self.engine.num_steps, self._commands.count)):
             self._checked = now
             self.engine.check()
             self.runner.check(self._oracle)
-        busy = self.engine.has_work and self.loop._progressed
-        self._wake_loop(self._step_s if stepped or busy else BEAT_S)
+        stuck_s = IDLE_WAIT_S if self.engine.has_work else BEAT_S
+        self._wake_loop(self._step_s if self.engine.has_work and self.loop._progressed else stuck_s)
 
     def left_over(self) -> str:
         """What this worker still has in hand, in words; empty when it is idle."""
