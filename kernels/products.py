@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 FEW_KEYS = 4096
-"""Keys of all rows and heads below which one call of torch's attention is faster than several products."""
+FEW_SCORES = 1 << 17
+"""One call of torch's attention is faster than several products for fewer keys, of all rows and heads, that are to be
+decoded with, and for fewer scores of a prompt."""
 LONG = 1536
 """Keys of a row above which a prompt's scores leave the cache: as fast as torch's attention there, then slower."""
-SCORE_BYTES = 3 << 20
+SCORE_BYTES = 3 << 19
 """Of a prompt's scores, as many as are alive at a time."""
 MIN_QUERIES, MAX_QUERIES = 16, 64
 """Of a row, whose scores are alive at a time: with fewer, products are slow; with more, the masked half costs more."""
@@ -23,9 +25,13 @@ MIN_QUERIES, MAX_QUERIES = 16, 64
 def fits(q: Tensor, keys: Tensor) -> bool:
     """Whether whole products are the faster way for `q` `[rows, queries, heads, head_dim]` over `keys`
     `[rows, kv_heads, keys, head_dim]`."""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or keys.numel() < FEW_KEYS * keys.shape[-1]:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return False
-    return q.shape[1] == 1 or keys.shape[2] <= LONG
+    rows, queries, heads, _ = q.shape
+    _, kv_heads, num_keys, _ = keys.shape
+    if queries == 1:
+        return rows * kv_heads * num_keys >= FEW_KEYS
+    return num_keys <= LONG and rows * heads * queries * num_keys >= FEW_SCORES
 
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

@@ -175,8 +175,9 @@ def test_whole_products_in_bfloat16_are_as_exact_as_torchs_attention(
     half = Case(pool, queries, case.histories, case.lengths, case.tables)
     exact = Case(pool.double(), queries.double(), case.histories, case.lengths, case.tables).run(window)
     errors = []
-    for few_keys in (1 << 30, 1):
-        monkeypatch.setattr(products, "FEW_KEYS", few_keys)
+    for few in (1 << 30, 1):
+        monkeypatch.setattr(products, "FEW_KEYS", few)
+        monkeypatch.setattr(products, "FEW_SCORES", few)
         errors.append(float((half.run(window).double() - exact).norm() / exact.norm()))
     assert errors[0] != errors[1]
     assert errors[1] < 2 * errors[0]
