@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -128,6 +129,7 @@ class PackedGatedLinear:
         return y[:rows]
 
 
+@cache
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies this dtype natively here."""
     if device.type != "cpu" or not torch._C._has_mkldnn:

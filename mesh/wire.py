@@ -235,7 +235,7 @@ def _coder(cls: Any, protocol: str, version: int) -> tuple[Encoder, Decoder]:
     make = partial(cls, **before) if before else cls
 
     kinds = tuple(hints[f.name] for f in known)
-    if all(kind in SCALARS for kind in kinds):
+    if all(kind in SCALARS for kind in kinds):  # as most that is sent per block: one comparison for all fields
 
         def decode_scalars(value: Any) -> Any:
             if type(value) is not tuple or tuple(map(type, value)) != kinds:

@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deploy.demo_model.train import hints
 from deploy.demo_model.train.conversations import Conversation, turned
 from deploy.demo_model.train.examples import MODEL_DIR, Example, examples
-from deploy.demo_model.train.hints import NOWHERE, Sentences
+from deploy.demo_model.train.hints import NOWHERE, Sentences, pointing_loss
 from deploy.demo_model.train.muon import orthogonalised
 from deploy.demo_model.train.network import (
+    Layer,
     Network,
     Shape,
     TiedLoss,
@@ -233,6 +235,20 @@ def test_heads_learn_to_look_where_they_are_shown() -> None:
     for _ in range(20):
         shown.step()
     assert [now < 0.8 * then for now, then in zip(shown.tally.hints, before, strict=True)] == [True, True]
+
+
+def test_of_a_long_row_some_tokens_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(SHAPE)
+    network.initialise(torch.Generator().manual_seed(1))
+    layer, places = network.layers[0], network.places(8)
+    assert isinstance(layer, Layer)
+    x = torch.randn(2, 8, SHAPE.hidden, generator=torch.Generator().manual_seed(2))
+    targets = torch.tensor([[0, 0, NOWHERE, 1, 2, 2, 3, 4], [NOWHERE] * 8])
+    spread = torch.tensor([[0, NOWHERE, NOWHERE, NOWHERE, 2, NOWHERE, NOWHERE, 4], [NOWHERE] * 8])
+    wanted = pointing_loss(layer, 0, x, places, spread, torch.float32)
+    monkeypatch.setattr(hints, "SHOWN", 3)
+    assert wanted.item() > 0
+    torch.testing.assert_close(pointing_loss(layer, 0, x, places, targets, torch.float32), wanted)
 
 
 def test_turned_facts_have_their_values_first() -> None:

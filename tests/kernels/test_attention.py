@@ -160,12 +160,13 @@ def test_half_precision_pool(dtype: torch.dtype) -> None:
     "lengths",
     [
         [(1, kv) for kv in (70, 80, 90, 100)],
+        [(1, 101)],
         [(60, kv) for kv in (70, 80, 90, 100)],
         [(50, 50), (49, 70), (40, 40)],
         [(150, 150)],
         [(90, 300)],
     ],
-    ids=["decode", "chunks", "padded", "prompt", "chunk"],
+    ids=["decode", "row", "chunks", "padded", "prompt", "chunk"],
 )
 def test_whole_products_in_bfloat16_are_as_exact_as_torchs_attention(
     monkeypatch: pytest.MonkeyPatch, kv_heads: int, window: int, lengths: list[tuple[int, int]]
