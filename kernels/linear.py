@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels import few_rows
 from kernels.activation import silu_and_mul
 
 PACK_ROWS = 64
 """The number of rows that packed weights are laid out for. Layouts for 16 to 512 rows measured alike at every batch
 size; one for a single row lost up to a fifth on larger batches."""
 FEW_ROWS = 4
-"""oneDNN reads packed weights up to half again as fast for four rows as for one to three, which are padded to four."""
-SINGLE_ROW_BYTES = 8 << 20
-"""Of bfloat16 weights that lie here a second time, as they came: torch's own product with a single row reads small ones
-a tenth to a third faster than oneDNN does. What is larger gains nothing, and a copy would cost memory."""
+"""oneDNN reads packed weights up to half again as fast for four rows as for fewer, which are padded to four."""
 
 
 class Linear(Protocol):
@@ -46,22 +44,19 @@ class DenseLinear:
 
 class PackedLinear:
     """CPU through oneDNN with prepacked weights: reads them at up to twice the speed of `functional.linear` when
-    there are few rows, and adds bias and residual before rounding."""
+    there are few rows, and adds bias and residual before rounding. `kernels.few_rows` for one or two."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
+        self.weight = _pack(weight)
         self.bias = bias
-        small = weight.dtype == torch.bfloat16 and weight.nbytes <= SINGLE_ROW_BYTES
-        self.single_row = weight.contiguous() if small else None
-        """The weights as they came."""
+        self.few_rows = few_rows.make_few_rows_linear(weight, bias)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         rows = len(x)
         y: Tensor
-        if rows == 1 and self.single_row is not None:
-            y = _single_row(self.single_row, x)
-            y = y if self.bias is None else y.add_(self.bias)
-            return y if residual is None else y.add_(residual)
+        if self.few_rows is not None and rows <= few_rows.MAX_ROWS:
+            y = self.few_rows(x)
+            return (y if residual is None else y.add_(residual)).to(x.dtype)
         if residual is None:
             y = torch.ops.mkldnn._linear_pointwise(_padded(x), self.weight, self.bias, "none", [], "")
         else:
@@ -69,15 +64,9 @@ class PackedLinear:
         return y[:rows]
 
 
-def _single_row(weight: Tensor, x: Tensor) -> Tensor:
-    """`x` `[1, in]` times bfloat16 `weight` `[out, in]` by torch's own kernel, to `[1, out]`."""
-    # Asked first, oneDNN would reorder the weights each time. The switch is the process's: a thread that finds it on
-    # again is slower for one product.
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        return torch.mv(weight, x[0])[None]
-    finally:
-        torch._C._set_mkldnn_enabled(True)
+def _pack(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
+    return packed
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -103,8 +92,7 @@ class DenseGatedLinear:
         up_bias: Tensor | None,
         activation: Callable[[Tensor], Tensor] = silu_and_mul,
     ) -> None:
-        bias = None if gate_bias is None or up_bias is None else torch.cat((gate_bias, up_bias))
-        self.both = DenseLinear(torch.cat((gate, up)), bias)
+        self.both = DenseLinear(torch.cat((gate, up)), _both(gate_bias, up_bias))
         self.activation = activation
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -115,18 +103,23 @@ class PackedGatedLinear:
     """Two products with the activation applied before the results leave the cache: a tenth of a long prompt's time."""
 
     def __init__(self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> None:
-        self.gate = PackedLinear(gate, gate_bias)
-        self.up = PackedLinear(up, up_bias)
+        self.gate, self.gate_bias = _pack(gate), gate_bias
+        self.up, self.up_bias = _pack(up), up_bias
+        self.few_rows = few_rows.make_few_rows_linear(torch.cat((gate, up)), _both(gate_bias, up_bias))
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = len(x)
-        if rows == 1 and self.gate.single_row is not None:
-            return functional.silu(self.gate(x)).mul_(self.up(x))
+        if self.few_rows is not None and rows <= few_rows.MAX_ROWS:
+            return silu_and_mul(self.few_rows(x)).to(x.dtype)
         pointwise = torch.ops.mkldnn._linear_pointwise
         x = _padded(x)
-        gate = pointwise(x, self.gate.weight, self.gate.bias, "swish", [], "")
-        y: Tensor = pointwise.binary(x, gate, self.up.weight, self.up.bias, "mul")
+        gate = pointwise(x, self.gate, self.gate_bias, "swish", [], "")
+        y: Tensor = pointwise.binary(x, gate, self.up, self.up_bias, "mul")
         return y[:rows]
+
+
+def _both(gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor | None:
+    return None if gate_bias is None or up_bias is None else torch.cat((gate_bias, up_bias))
 
 
 @cache

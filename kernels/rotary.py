@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -11,6 +10,5 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     `x` is `[tokens, heads, head_dim]`; `cos` and `sin` are `[tokens, 1, head_dim]`, `sin` with its first half negated.
     """
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
     return (x * cos).addcmul_(swapped, sin)

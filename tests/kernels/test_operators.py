@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import blocks, linear
+from kernels import blocks
 from kernels.activation import silu_and_mul
 from kernels.dispatch import operators
 from kernels.linear import (
@@ -74,18 +74,6 @@ def test_packed_linear_equals_dense(dtype: torch.dtype, rows: int, biased: bool)
     for extra in (None, residual):
         wanted = exact(x.double(), None if extra is None else extra.double())
         torch.testing.assert_close(packed(x, extra).double(), wanted, atol=tolerance, rtol=tolerance)
-    assert torch._C._get_mkldnn_enabled()
-
-
-def test_large_weights_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = random(24, 16, dtype=torch.bfloat16)
-    if not can_pack(CPU, weight.dtype):
-        pytest.skip("oneDNN does not multiply this dtype here")
-    assert PackedLinear(weight, None).single_row is not None
-    monkeypatch.setattr(linear, "SINGLE_ROW_BYTES", weight.nbytes - 1)
-    large, x = PackedLinear(weight, None), random(1, 16, dtype=torch.bfloat16)
-    assert large.single_row is None
-    torch.testing.assert_close(large(x), functional.linear(x, weight), atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("layer", [DenseGatedLinear, PackedGatedLinear])
