@@ -51,6 +51,7 @@ from worker.steploop import (
     Expected,
     Exported,
     LoopEvent,
+    Produced,
     Rejected,
     Snapshot,
     StepLoop,
@@ -168,6 +169,9 @@ class WorkerProcess:
                 self._kv_events(self._station.kv.receive(socket))
         self._read_loop()
         self._tick(now)
+        self._flush()
+
+    def _flush(self) -> None:
         self._replies.flush()
         for link in self._links:
             link.flush()
@@ -212,6 +216,8 @@ class WorkerProcess:
             event = self._events.get_nowait()
             if isinstance(event, Stepped):
                 self._stepped(event)
+            elif isinstance(event, Produced):
+                self._produced(event)
             elif isinstance(event, Exported):
                 self._station.kv.provide(event.name, event.payload)
             elif isinstance(event, Expected):
@@ -228,12 +234,15 @@ class WorkerProcess:
     def _stepped(self, event: Stepped) -> None:
         self._station.metrics.stepped(event)
         self._role.stepped(event)
+        if event.output.stored or event.output.removed:
+            self._publisher.publish(event.output.stored, event.output.removed)
+
+    def _produced(self, event: Produced) -> None:
+        self._flush()  # the step's tokens do not wait until its blocks are on their way
         for block in event.exported:
             if block.payload is not None:
                 self._station.kv.produced(block.stream, block.name, block.payload)
         self._role.exported_all(event)
-        if event.output.stored or event.output.removed:
-            self._publisher.publish(event.output.stored, event.output.removed)
 
     def _beat(self, event: Beaten) -> None:
         self._last_beat = self._clock()

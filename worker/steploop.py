@@ -32,11 +32,10 @@ IDLE_WAIT_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """One engine step and the blocks of it that somebody waits for."""
+    """One engine step, without the time that its blocks are copied in: its tokens do not wait for that."""
 
     output: StepOutput
     seconds: float
-    exported: tuple[Exported, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +45,15 @@ class Exported:
     stream: str
     name: bytes
     payload: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Produced:
+    """The blocks of the step last told of that somebody waits for; not told where the step finished and exported
+    nothing."""
+
+    output: StepOutput
+    exported: tuple[Exported, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +97,7 @@ class Stopped:
     error: BaseException | None
 
 
-LoopEvent = Stepped | Exported | Expected | Rejected | Beaten | Snapshot | Stopped
+LoopEvent = Stepped | Produced | Exported | Expected | Rejected | Beaten | Snapshot | Stopped
 
 
 class StepLoop:
@@ -188,13 +196,15 @@ class StepLoop:
     def _step(self) -> None:
         began = self._clock()
         output = self._engine.step()
+        self._progressed = output.num_scheduled_tokens > 0
+        self._emit(Stepped(output, self._clock() - began))
         exported = [
             Exported(ready.request.key, ready.hash, self._payload(ready.hash))
             for ready in output.ready
             if ready.hash in self._wanted.get(ready.request.key, ())
         ]
-        self._progressed = output.num_scheduled_tokens > 0
-        self._emit(Stepped(output, self._clock() - began, tuple(exported)))
+        if exported or any(token.finish is not None for token in output.tokens):
+            self._emit(Produced(output, tuple(exported)))
         for failed in output.failed:
             self._emit(Rejected(failed.request.key, "grammar", failed.reason, retryable=False))
 

@@ -12,7 +12,7 @@ FOUND_BY = {
     "note_not_kept": 0,
     "lease_expires_early": 1,
     "retry_without_a_new_attempt": 1,
-    "repeated_token_emitted": 14,
+    "repeated_token_emitted": 17,
     "failure_not_told": 1,
     "fetched_parts_not_written": 9,
     "part_taken_for_a_whole_block": 29,

@@ -31,7 +31,7 @@ from tests.simulation.watch import Watch
 from worker.grammars import Grammars
 from worker.metrics import WorkerMetrics
 from worker.process import Station, WorkerProcess
-from worker.steploop import IDLE_WAIT_S, Expected, Exported, LoopEvent, Stepped
+from worker.steploop import IDLE_WAIT_S, Expected, Exported, LoopEvent, Produced
 
 IDLE_S = 1.0
 """Production polls every 50 ms; a longer sleep only delays deadlines."""
@@ -200,7 +200,7 @@ class WorkerHost(Host):
         self._hangs_until = max(self._hangs_until, self.timeline.now + seconds)
 
     def _emit(self, event: LoopEvent) -> None:
-        if isinstance(event, Stepped):
+        if isinstance(event, Produced):
             for exported in event.exported:
                 self._check_export(exported)
         elif isinstance(event, Exported):

@@ -247,7 +247,7 @@ def test_what_was_computed_for_the_request_elsewhere_is_not_reused(source: Peer 
     role.assign(bench.proxy, decode_message(source=source, holders=HOLDERS))
     request = EngineRequest(KEY, list(range(11)), 10, SamplingParams(max_tokens=8), b"root")
     request.num_cached_tokens, request.num_fetched_tokens = 2, 6
-    role.stepped(Stepped(StepOutput((TokenOut(request, 0, 5, None, None),), (), (), (), 10), 0.1, ()))
+    role.stepped(Stepped(StepOutput((TokenOut(request, 0, 5, None, None),), (), (), (), 10), 0.1))
     bench.replies.flush()
     report = bench.link.sent[0].deltas[0].report
     assert (report.cached_tokens, report.fetched_tokens, report.reused_tokens) == (2, 6, reused)

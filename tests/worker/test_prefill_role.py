@@ -14,7 +14,7 @@ from mesh.params import SamplingParams
 from prefill.role import PrefillRole
 from tests.worker.role_fakes import DECODE, LAYOUT, OTHER, Bench, decode_message, prefill_message
 from worker.firsttoken import FirstToken
-from worker.steploop import Expected, Stepped
+from worker.steploop import Expected, Produced, Stepped
 
 KEY = "r#1"
 
@@ -27,7 +27,11 @@ def started(bench: Bench) -> PrefillRole:
 
 def stepped(finish: str) -> Stepped:
     request = EngineRequest(KEY, list(range(11)), 10, SamplingParams(max_tokens=8), b"root")
-    return Stepped(StepOutput((TokenOut(request, 0, 5, None, finish),), (), (), (), 10), 0.1, ())
+    return Stepped(StepOutput((TokenOut(request, 0, 5, None, finish),), (), (), (), 10), 0.1)
+
+
+def produced(finish: str) -> Produced:
+    return Produced(stepped(finish).output, ())
 
 
 def test_a_prefill_is_a_request_that_leaves_after_one_token() -> None:
@@ -54,7 +58,7 @@ def test_the_stream_is_closed_after_the_steps_blocks() -> None:
     role = started(bench)
     role.stepped(stepped("handoff"))
     assert bench.kv.named("close_stream") == []
-    role.exported_all(stepped("handoff"))
+    role.exported_all(produced("handoff"))
     assert bench.kv.named("close_stream") == [(KEY,)]
 
 
@@ -62,7 +66,7 @@ def test_a_stream_whose_first_token_is_the_last_is_released_at_once() -> None:
     bench = Bench()
     role = started(bench)
     role.stepped(stepped("length"))
-    role.exported_all(stepped("length"))
+    role.exported_all(produced("length"))
     assert bench.kv.named("release_stream") == [(KEY,)]
     assert role.num_jobs == 0
 

@@ -17,7 +17,7 @@ from mesh.errors import GrammarError
 from mesh.params import SamplingParams
 from tests.proxy.tiny_tokenizer import byte_level, token_of
 from worker.grammars import Grammars
-from worker.steploop import Beaten, Expected, Exported, LoopEvent, Rejected, StepLoop, Stepped, Stopped
+from worker.steploop import Beaten, Expected, Exported, LoopEvent, Produced, Rejected, StepLoop, Stepped, Stopped
 
 ROOT = b"r" * 16
 PROMPT = list(range(10, 30))
@@ -73,14 +73,24 @@ def test_an_idle_loop_beats(bench: Bench) -> None:
     assert second.load.free_blocks == 32
 
 
-def test_wanted_blocks_are_exported_with_the_step_that_completes_them(bench: Bench) -> None:
+def test_wanted_blocks_are_exported_right_after_the_step_that_completes_them_is_told(bench: Bench) -> None:
     names = blockhash.chain(ROOT, PROMPT, 8)
     bench.loop.want("a", frozenset(names[:1]))
     bench.loop.add(request("a", hold=True))
-    event = bench.until(lambda e: isinstance(e, Stepped) and bool(e.exported))
-    assert isinstance(event, Stepped)
+    told = bench.until(lambda e: isinstance(e, Stepped))
+    event = bench.until(lambda e: isinstance(e, Stepped | Produced))
+    assert isinstance(event, Produced)
+    assert isinstance(told, Stepped)
+    assert told.output is event.output
     assert [(block.stream, block.name) for block in event.exported] == [("a", names[0])]
     assert event.exported[0].payload is not None
+
+
+def test_a_request_that_ends_is_told_to_have_exported_everything(bench: Bench) -> None:
+    bench.loop.add(request("a", 2))
+    event = bench.until(lambda e: isinstance(e, Produced))
+    assert isinstance(event, Produced)
+    assert (event.output.tokens[0].finish, event.exported) == ("length", ())
 
 
 def test_a_block_that_is_not_here_is_exported_as_none(bench: Bench) -> None:
