@@ -48,14 +48,15 @@ class Workspace:
     """Memory that outlives a step: gathering into fresh pages of the operating system is several times slower."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._pages = torch.empty(0, dtype=dtype, device=device)
+        self._space = torch.empty(0, dtype=dtype, device=device)
+        self.few_keys = products.few_keys(device, dtype)
         self._masks: dict[int, Tensor] = {}
 
-    def pages(self, rows: int, width: int) -> Tensor:
-        """Uninitialised `[rows, width]`; valid until the next call."""
-        if self._pages.numel() < rows * width:
-            self._pages = self._pages.new_empty(rows * width)
-        return self._pages[: rows * width].view(rows, width)
+    def space(self, numbers: int) -> Tensor:
+        """Uninitialised, one-dimensional, at least so many; valid until the next call."""
+        if self._space.numel() < numbers:
+            self._space = self._space.new_empty(numbers)
+        return self._space
 
     def tile_mask(self, queries: int, keys: int, window: int, tile: int) -> Tensor:
         """`[queries, keys]` for the last `queries` of `keys` positions: causal, and within `window` unless that is 0.
@@ -65,12 +66,12 @@ class Workspace:
         mask = self._masks.get(window)
         if mask is None or mask.shape[1] < keys:
             width = 1 << (keys - 1).bit_length()
-            query = torch.arange(-tile, 0, device=self._pages.device)[:, None]
-            key = torch.arange(-width, 0, device=self._pages.device)[None]
+            query = torch.arange(-tile, 0, device=self._space.device)[:, None]
+            key = torch.arange(-width, 0, device=self._space.device)[None]
             hidden = key > query
             if window:
                 hidden |= key <= query - window
-            mask = torch.zeros(hidden.shape, dtype=self._pages.dtype, device=hidden.device)
+            mask = torch.zeros(hidden.shape, dtype=self._space.dtype, device=hidden.device)
             self._masks[window] = mask.masked_fill_(hidden, float("-inf"))
             mask = self._masks[window]
         return mask[tile - queries :, mask.shape[1] - keys :]
@@ -98,25 +99,31 @@ def rotate_and_write(
     layer: int,
     metadata: AttentionMetadata,
 ) -> Tensor:
+    """See `rotate_and_write_to`."""
+    return rotate_and_write_to(metadata.slots, queries_keys, values, cos, sin, pool, layer)
+
+
+def rotate_and_write_to(
+    slots: Tensor, queries_keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, pool: Tensor, layer: int
+) -> Tensor:
     """Rotates the query and key heads `[tokens, heads + kv_heads, head_dim]`, stores keys and `values` `[tokens,
     kv_heads, head_dim]`, and returns the queries; see `apply_rotary` and `write_kv`."""
     rotated = apply_rotary(queries_keys, cos, sin)
     heads = rotated.shape[1] - values.shape[1]
-    write_kv(pool, layer, torch.cat((rotated[:, heads:], values), 1), metadata)
+    write_kv(pool, layer, torch.cat((rotated[:, heads:], values), 1), slots)
     return rotated[:, :heads]
 
 
-def write_kv(pool: Tensor, layer: int, kv: Tensor, metadata: AttentionMetadata) -> None:
-    """Stores a step's keys and values, `[tokens, 2 * kv_heads, head_dim]`, keys first, into their pages.
+def write_kv(pool: Tensor, layer: int, kv: Tensor, slots: Tensor) -> None:
+    """Stores a step's keys and values, `[tokens, 2 * kv_heads, head_dim]`, keys first, into the pages' `slots`, see
+    `AttentionMetadata`.
 
     What is not finite is stored as zero: masked positions are multiplied with zero, and zero times a NaN that one
     request left in a page would be a NaN in the next request that uses the page.
     """
     head_dim = pool.shape[-1]
     finite = torch.nan_to_num(kv, nan=0.0, posinf=0.0, neginf=0.0).view(-1, head_dim)
-    # Moving 4-byte words is up to twice as fast as moving 2-byte ones.
-    rows = _from_layer(pool, layer, head_dim).view(torch.int32)
-    rows.index_copy_(0, metadata.slots, finite.view(torch.int32))
+    _from_layer(pool, layer, head_dim).index_copy_(0, slots, finite)
 
 
 def paged_attention(q: Tensor, pool: Tensor, layer: int, metadata: AttentionMetadata, window: int) -> Tensor:
@@ -137,25 +144,43 @@ def paged_attention(q: Tensor, pool: Tensor, layer: int, metadata: AttentionMeta
 def _attend(q: Tensor, pool: Tensor, layer: int, batch: PaddedBatch, workspace: Workspace) -> Tensor:
     """One padded batch: `q` `[its tokens, heads, head_dim]` to the same shape."""
     heads, dim = q.shape[1:]
-    keys, values = _gather(pool, layer, batch, workspace)
+    space = workspace.space(batch.pages.numel() * pool.shape[4] * dim)
+    first, stop = batch.keys.start, batch.keys.stop
+    if batch.queries == 1:
+        return attend_one_query(q, pool, layer, batch.pages, first, stop, batch.mask, space, workspace.few_keys)
+    keys, values = _gather(pool, layer, batch.pages, batch.rows, first, stop, space)
     if batch.spread is not None:
         q = q.index_select(0, batch.spread)
-    q = q.view(batch.rows, batch.queries, heads, dim)
-    out = _one_query(q, keys, values, batch) if batch.queries == 1 else _many_queries(q, keys, values, batch)
-    out = out.reshape(-1, heads, dim)
+    out = _many_queries(q.view(batch.rows, batch.queries, heads, dim), keys, values, batch).reshape(-1, heads, dim)
     return out if batch.collect is None else out.index_select(0, batch.collect)
 
 
-def _one_query(q: Tensor, keys: Tensor, values: Tensor, batch: PaddedBatch) -> Tensor:
+def attend_one_query(
+    q: Tensor,
+    pool: Tensor,
+    layer: int,
+    pages: Tensor,
+    first: int,
+    stop: int,
+    mask: Tensor | None,
+    space: Tensor,
+    few_keys: int,
+) -> Tensor:
+    """A padded batch with one query per row: `q` `[rows, heads, head_dim]` over the gathered keys `[first, stop)`, to
+    `q`'s shape. `space` is memory to gather into. Also compiled by `engine.model.scripted`."""
+    rows = q.shape[0]
+    keys, values = _gather(pool, layer, pages, rows, first, stop, space)
     # The query heads of one key-value head become the rows of one product: the keys are read once for all.
-    packed = q.reshape(batch.rows, keys.shape[1], -1, q.shape[-1])
-    if products.fits(q, keys):
-        return products.decode_attention(packed, keys, values, batch.mask)
-    return functional.scaled_dot_product_attention(packed, keys, values, attn_mask=batch.mask)
+    packed = q.reshape(rows, keys.shape[1], -1, q.shape[2])
+    if rows * keys.shape[1] * keys.shape[2] >= few_keys:
+        out = products.decode_attention(packed, keys, values, mask)
+    else:
+        out = functional.scaled_dot_product_attention(packed, keys, values, attn_mask=mask)
+    return out.reshape(q.shape)
 
 
 def _many_queries(q: Tensor, keys: Tensor, values: Tensor, batch: PaddedBatch) -> Tensor:
-    if batch.mask is not None and products.fits(q, keys):
+    if batch.mask is not None and products.fits_prompt(q, keys):
         return products.prompt_attention(q, keys, values, batch.mask, batch.lead, batch.causal)
     grouped = q.shape[2] != keys.shape[1]
     return functional.scaled_dot_product_attention(
@@ -163,13 +188,16 @@ def _many_queries(q: Tensor, keys: Tensor, values: Tensor, batch: PaddedBatch) -
     ).transpose(1, 2)
 
 
-def _gather(pool: Tensor, layer: int, batch: PaddedBatch, workspace: Workspace) -> tuple[Tensor, Tensor]:
-    """The batch's keys and values, each `[rows, kv_heads, keys, head_dim]`."""
-    _, _, _, kv_heads, block_tokens, dim = pool.shape
-    gathered = workspace.pages(batch.pages.numel(), block_tokens * dim)
-    torch.index_select(_from_layer(pool, layer, block_tokens * dim), 0, batch.pages, out=gathered)
-    keys, values = gathered.view(2, batch.rows, kv_heads, -1, dim)[..., batch.keys, :].unbind()
-    return keys, values
+def _gather(
+    pool: Tensor, layer: int, pages: Tensor, rows: int, first: int, stop: int, space: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and values `[first, stop)` of `pages`, each `[rows, kv_heads, keys, head_dim]`, in `space`."""
+    kv_heads, dim = pool.shape[3], pool.shape[5]
+    width = pool.shape[4] * dim
+    gathered = space[: pages.numel() * width].view(-1, width)
+    torch.index_select(_from_layer(pool, layer, width), 0, pages, out=gathered)
+    both = gathered.view(2, rows, kv_heads, -1, dim)[:, :, :, first:stop]
+    return both[0], both[1]
 
 
 def _from_layer(pool: Tensor, layer: int, width: int) -> Tensor:

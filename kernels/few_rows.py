@@ -19,17 +19,19 @@ MIN_RMS = 2.0**-13
 square, where bfloat16 itself is 2^-9 wrong."""
 
 
-class FewRowsLinear:
+class FewRowsLinear(torch.nn.Module):
     """`x @ weight.T + bias` in float32."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._packed = torch.ops.quantized.linear_prepack_fp16(
+        super().__init__()
+        self.max_rows = MAX_ROWS
+        self.packed = torch.ops.quantized.linear_prepack_fp16(
             weight.float(), None if bias is None else bias.float().contiguous()
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """bfloat16 `[rows, in]` to float32 `[rows, out]`."""
-        y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), self._packed)
+        y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed)
         return y
 
 

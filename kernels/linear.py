@@ -42,26 +42,26 @@ class DenseLinear:
         return y if self.bias is None else y.add_(self.bias)
 
 
-class PackedLinear:
+class PackedLinear(torch.nn.Module):
     """CPU through oneDNN with prepacked weights: reads them at up to twice the speed of `functional.linear` when
     there are few rows, and adds bias and residual before rounding. `kernels.few_rows` for one or two."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
         self.weight = _pack(weight)
         self.bias = bias
         self.few_rows = few_rows.make_few_rows_linear(weight, bias)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        rows = len(x)
-        y: Tensor
-        if self.few_rows is not None and rows <= few_rows.MAX_ROWS:
-            y = self.few_rows(x)
-            return (y if residual is None else y.add_(residual)).to(x.dtype)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.few_rows is not None:  # noqa: SIM102 - TorchScript leaves out what follows None only so
+            if x.shape[0] <= self.few_rows.max_rows:
+                few: Tensor = self.few_rows(x)
+                return (few if residual is None else few.add_(residual)).to(x.dtype)
         if residual is None:
-            y = torch.ops.mkldnn._linear_pointwise(_padded(x), self.weight, self.bias, "none", [], "")
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(_padded(x), self.weight, self.bias, "none", [], "")
         else:
-            y = torch.ops.mkldnn._linear_pointwise.binary(_padded(x), _padded(residual), self.weight, self.bias, "add")
-        return y[:rows]
+            y = torch.ops.mkldnn._linear_pointwise(_padded(x), _padded(residual), self.weight, self.bias, "add")
+        return y[: x.shape[0]]
 
 
 def _pack(weight: Tensor) -> Tensor:
@@ -69,9 +69,9 @@ def _pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def _padded(x: Tensor) -> Tensor:
-    missing = FEW_ROWS - len(x)
-    return functional.pad(x, (0, 0, 0, missing)) if 0 < missing < FEW_ROWS else x
+def _padded(x: Tensor, rows: int = FEW_ROWS) -> Tensor:
+    missing = rows - x.shape[0]
+    return functional.pad(x, [0, 0, 0, missing]) if 0 < missing < rows else x
 
 
 class GatedLinear(Protocol):
@@ -99,23 +99,23 @@ class DenseGatedLinear:
         return self.activation(self.both(x))
 
 
-class PackedGatedLinear:
+class PackedGatedLinear(torch.nn.Module):
     """Two products with the activation applied before the results leave the cache: a tenth of a long prompt's time."""
 
     def __init__(self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> None:
+        super().__init__()
         self.gate, self.gate_bias = _pack(gate), gate_bias
         self.up, self.up_bias = _pack(up), up_bias
         self.few_rows = few_rows.make_few_rows_linear(torch.cat((gate, up)), _both(gate_bias, up_bias))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        rows = len(x)
-        if self.few_rows is not None and rows <= few_rows.MAX_ROWS:
-            return silu_and_mul(self.few_rows(x)).to(x.dtype)
-        pointwise = torch.ops.mkldnn._linear_pointwise
-        x = _padded(x)
-        gate = pointwise(x, self.gate, self.gate_bias, "swish", [], "")
-        y: Tensor = pointwise.binary(x, gate, self.up, self.up_bias, "mul")
-        return y[:rows]
+    def forward(self, x: Tensor) -> Tensor:
+        if self.few_rows is not None:  # noqa: SIM102 - as above
+            if x.shape[0] <= self.few_rows.max_rows:
+                return silu_and_mul(self.few_rows(x)).to(x.dtype)
+        wide = _padded(x)
+        gate = torch.ops.mkldnn._linear_pointwise(wide, self.gate, self.gate_bias, "swish", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(wide, gate, self.up, self.up_bias, "mul")
+        return y[: x.shape[0]]
 
 
 def _both(gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor | None:

@@ -25,15 +25,19 @@ MIN_QUERIES, MAX_QUERIES = 16, 64
 """Of a row, whose scores are alive at a time: with fewer, products are slow; with more, the masked half costs more."""
 
 
-def fits(q: Tensor, keys: Tensor) -> bool:
-    """Whether whole products are the faster way for `q` `[rows, queries, heads, head_dim]` over `keys`
-    `[rows, kv_heads, keys, head_dim]`."""
+def few_keys(device: torch.device, dtype: torch.dtype) -> int:
+    """Of all rows and key-value heads, from which on `decode_attention` is the faster way to decode; more than there
+    can be where it never is."""
+    return FEW_KEYS if dtype == torch.bfloat16 and can_pack(device, dtype) else 1 << 62
+
+
+def fits_prompt(q: Tensor, keys: Tensor) -> bool:
+    """Whether `prompt_attention` is the faster way for `q` `[rows, queries, heads, head_dim]` over `keys` `[rows,
+    kv_heads, keys, head_dim]`."""
     if q.dtype != torch.bfloat16 or not can_pack(q.device, q.dtype):
         return False
     rows, queries, heads, _ = q.shape
-    _, kv_heads, num_keys, _ = keys.shape
-    if queries == 1:
-        return rows * kv_heads * num_keys >= FEW_KEYS
+    num_keys = keys.shape[2]
     return num_keys <= LONG and rows * heads * queries * num_keys >= FEW_SCORES
 
 

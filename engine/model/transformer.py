@@ -12,10 +12,13 @@ from torch.nn import functional
 from engine.model.config import ModelConfig
 from engine.model.layers import Attention, DecoderLayer, FeedForward, RmsNorm, Step
 from engine.model.rope import RotaryEmbedding
+from engine.model.scripted import script
 from engine.model.weights import Checkpoint
+from kernels.attention import AttentionMetadata
 from kernels.dispatch import operators
 from kernels.linear import Linear
 from kernels.operators import Metadata, Operators
+from kernels.products import few_keys
 
 
 class Decoder:
@@ -31,12 +34,15 @@ class Decoder:
         self.norm = build.norm("model.norm.weight")
         self.head = build.head(self.embedding)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, device)
+        self.scripted = script(self.layers, few_keys(device, dtype))
 
     def forward(self, tokens: Tensor, pool: Tensor, metadata: Metadata) -> Tensor:
         """`[tokens]` int64 to hidden states `[tokens, hidden]`, before the last norm."""
         cos, sin = self.rotary(metadata.positions, self.dtype)
-        step = Step(pool, metadata, cos, sin)
         x = functional.embedding(tokens, self.embedding)
+        if self.scripted is not None and isinstance(metadata, AttentionMetadata) and self.scripted.takes(metadata):
+            return self.scripted(x, pool, cos, sin, metadata)
+        step = Step(pool, metadata, cos, sin)
         for layer in self.layers:
             x = layer(x, step)
         return x

@@ -47,7 +47,7 @@ def make(lengths: tuple[tuple[int, int], ...], heads: int, kv_heads: int, fill: 
     histories = [torch.randn(kv, 2 * kv_heads, DIM, generator=generator) for _, kv in lengths]
     queries = torch.randn(sum(n for n, _ in lengths), heads, DIM, generator=generator)
     case = Case(pool, queries, histories, lengths, tables)
-    write_kv(pool, 1, torch.cat(histories), case.metadata(tuple((kv, kv) for _, kv in lengths)))
+    write_kv(pool, 1, torch.cat(histories), case.metadata(tuple((kv, kv) for _, kv in lengths)).slots)
     return case
 
 
@@ -132,7 +132,7 @@ def test_values_that_are_not_finite_never_reach_a_page() -> None:
     case = make(((1, 6),), 4, 2)
     kv = torch.full((6, 4, DIM), math.nan)
     kv[3:] = math.inf
-    write_kv(case.pool, 0, kv, case.metadata(((6, 6),)))
+    write_kv(case.pool, 0, kv, case.metadata(((6, 6),)).slots)
     assert torch.isfinite(case.pool).all()
 
 
