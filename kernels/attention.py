@@ -7,7 +7,7 @@ which positions they have and where their keys and values lie.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +49,21 @@ class Workspace:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._space = torch.empty(0, dtype=dtype, device=device)
+        self._steps = 0
+        self._rows: tuple[list[int], list[Sequence[int]]] = ([], [])
+        """Tokens in all and pages of the last step's rows."""
         self.few_keys = products.few_keys(device, dtype)
         self._masks: dict[int, Tensor] = {}
+
+    def follow(self, totals: Sequence[int], tables: Sequence[Sequence[int]]) -> tuple[int, bool]:
+        """`number` and `continues` of the step with these rows, see `AttentionMetadata`. A row is known by its list of
+        pages: the object, which is kept until the next step, so that no other row's can have come in its place."""
+        before, self._rows = self._rows, (list(totals), list(tables))
+        self._steps += 1
+        if len(before[0]) != len(totals):
+            return self._steps, False
+        same = all(a is b for a, b in zip(before[1], tables, strict=True))
+        return self._steps, same and all(a + 1 == b for a, b in zip(before[0], totals, strict=True))
 
     def space(self, numbers: int) -> Tensor:
         """Uninitialised, one-dimensional, at least so many; valid until the next call."""
@@ -88,6 +101,10 @@ class AttentionMetadata:
     batches: Mapping[int, tuple[PaddedBatch, ...]]
     """By window (0: none), covering all tokens in order."""
     workspace: Workspace
+    number: int
+    """Of the step, counting all that the workspace served."""
+    continues: bool
+    """The rows are those of the step before, in the same order, each one token longer."""
 
 
 def rotate_and_write(
@@ -99,31 +116,32 @@ def rotate_and_write(
     layer: int,
     metadata: AttentionMetadata,
 ) -> Tensor:
-    """See `rotate_and_write_to`."""
-    return rotate_and_write_to(metadata.slots, queries_keys, values, cos, sin, pool, layer)
-
-
-def rotate_and_write_to(
-    slots: Tensor, queries_keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, pool: Tensor, layer: int
-) -> Tensor:
     """Rotates the query and key heads `[tokens, heads + kv_heads, head_dim]`, stores keys and `values` `[tokens,
     kv_heads, head_dim]`, and returns the queries; see `apply_rotary` and `write_kv`."""
+    queries, rows = rotate(queries_keys, values, cos, sin)
+    write_kv(pool, layer, rows, metadata.slots)
+    return queries
+
+
+def rotate(queries_keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotated queries, and what `write_kv` stores: see `rotate_and_write`."""
     rotated = apply_rotary(queries_keys, cos, sin)
     heads = rotated.shape[1] - values.shape[1]
-    write_kv(pool, layer, torch.cat((rotated[:, heads:], values), 1), slots)
-    return rotated[:, :heads]
+    return rotated[:, :heads], storable(torch.cat((rotated[:, heads:], values), 1))
 
 
-def write_kv(pool: Tensor, layer: int, kv: Tensor, slots: Tensor) -> None:
-    """Stores a step's keys and values, `[tokens, 2 * kv_heads, head_dim]`, keys first, into the pages' `slots`, see
-    `AttentionMetadata`.
+def storable(kv: Tensor) -> Tensor:
+    """A step's keys and values, `[tokens, 2 * kv_heads, head_dim]`, keys first, as `[tokens * 2 * kv_heads, head_dim]`.
 
-    What is not finite is stored as zero: masked positions are multiplied with zero, and zero times a NaN that one
-    request left in a page would be a NaN in the next request that uses the page.
+    What is not finite becomes zero: masked positions are multiplied with zero, and zero times a NaN that one request
+    left in a page would be a NaN in the next request that uses the page.
     """
-    head_dim = pool.shape[-1]
-    finite = torch.nan_to_num(kv, nan=0.0, posinf=0.0, neginf=0.0).view(-1, head_dim)
-    _from_layer(pool, layer, head_dim).index_copy_(0, slots, finite)
+    return torch.nan_to_num(kv, nan=0.0, posinf=0.0, neginf=0.0).view(-1, kv.shape[2])
+
+
+def write_kv(pool: Tensor, layer: int, rows: Tensor, slots: Tensor) -> None:
+    """Stores `storable` rows into the pages' `slots`, see `AttentionMetadata`."""
+    _from_layer(pool, layer, pool.shape[5]).index_copy_(0, slots, rows)
 
 
 def paged_attention(q: Tensor, pool: Tensor, layer: int, metadata: AttentionMetadata, window: int) -> Tensor:
@@ -144,35 +162,24 @@ def paged_attention(q: Tensor, pool: Tensor, layer: int, metadata: AttentionMeta
 def _attend(q: Tensor, pool: Tensor, layer: int, batch: PaddedBatch, workspace: Workspace) -> Tensor:
     """One padded batch: `q` `[its tokens, heads, head_dim]` to the same shape."""
     heads, dim = q.shape[1:]
-    space = workspace.space(batch.pages.numel() * pool.shape[4] * dim)
-    first, stop = batch.keys.start, batch.keys.stop
+    gathered = workspace.space(batch.pages.numel() * pool.shape[4] * dim)
+    gather(pool, layer, batch.pages, gathered)
+    keys, values = keys_values(gathered, batch.pages, batch.rows, pool, batch.keys.start, batch.keys.stop)
     if batch.queries == 1:
-        return attend_one_query(q, pool, layer, batch.pages, first, stop, batch.mask, space, workspace.few_keys)
-    keys, values = _gather(pool, layer, batch.pages, batch.rows, first, stop, space)
+        return attend_one_query(q, keys, values, batch.mask, workspace.few_keys)
     if batch.spread is not None:
         q = q.index_select(0, batch.spread)
     out = _many_queries(q.view(batch.rows, batch.queries, heads, dim), keys, values, batch).reshape(-1, heads, dim)
     return out if batch.collect is None else out.index_select(0, batch.collect)
 
 
-def attend_one_query(
-    q: Tensor,
-    pool: Tensor,
-    layer: int,
-    pages: Tensor,
-    first: int,
-    stop: int,
-    mask: Tensor | None,
-    space: Tensor,
-    few_keys: int,
-) -> Tensor:
-    """A padded batch with one query per row: `q` `[rows, heads, head_dim]` over the gathered keys `[first, stop)`, to
-    `q`'s shape. `space` is memory to gather into. Also compiled by `engine.model.scripted`."""
-    rows = q.shape[0]
-    keys, values = _gather(pool, layer, pages, rows, first, stop, space)
+def attend_one_query(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, few_keys: int) -> Tensor:
+    """A padded batch with one query per row: `q` `[rows, heads, head_dim]` over keys and values `[rows, kv_heads, keys,
+    head_dim]`, to `q`'s shape. `few_keys`: see `products.few_keys`."""
+    rows, kv_heads, num_keys = keys.shape[0], keys.shape[1], keys.shape[2]
     # The query heads of one key-value head become the rows of one product: the keys are read once for all.
-    packed = q.reshape(rows, keys.shape[1], -1, q.shape[2])
-    if rows * keys.shape[1] * keys.shape[2] >= few_keys:
+    packed = q.reshape(rows, kv_heads, -1, q.shape[2])
+    if rows * kv_heads * num_keys >= few_keys:
         out = products.decode_attention(packed, keys, values, mask)
     else:
         out = functional.scaled_dot_product_attention(packed, keys, values, attn_mask=mask)
@@ -188,15 +195,17 @@ def _many_queries(q: Tensor, keys: Tensor, values: Tensor, batch: PaddedBatch) -
     ).transpose(1, 2)
 
 
-def _gather(
-    pool: Tensor, layer: int, pages: Tensor, rows: int, first: int, stop: int, space: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Keys and values `[first, stop)` of `pages`, each `[rows, kv_heads, keys, head_dim]`, in `space`."""
-    kv_heads, dim = pool.shape[3], pool.shape[5]
-    width = pool.shape[4] * dim
+def gather(pool: Tensor, layer: int, pages: Tensor, space: Tensor) -> None:
+    """Copies a batch's pages of `layer` to the beginning of `space`, one-dimensional."""
+    width = pool.shape[4] * pool.shape[5]
     gathered = space[: pages.numel() * width].view(-1, width)
     torch.index_select(_from_layer(pool, layer, width), 0, pages, out=gathered)
-    both = gathered.view(2, rows, kv_heads, -1, dim)[:, :, :, first:stop]
+
+
+def keys_values(space: Tensor, pages: Tensor, rows: int, pool: Tensor, first: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Of what `gather` has put there, keys and values `[first, stop)`: each `[rows, kv_heads, keys, head_dim]`."""
+    kv_heads, block_tokens, dim = pool.shape[3], pool.shape[4], pool.shape[5]
+    both = space[: pages.numel() * block_tokens * dim].view(2, rows, kv_heads, -1, dim)[:, :, :, first:stop]
     return both[0], both[1]
 
 

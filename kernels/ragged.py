@@ -90,11 +90,14 @@ def build_metadata(
         for start, n, kv, table in zip(starts[:-1], num_queries, num_kv_tokens, block_tables, strict=True)
     ]
     positions = _positions(rows)
+    number, continues = workspace.follow(num_kv_tokens, block_tables)
     return AttentionMetadata(
         positions=torch.from_numpy(positions).to(pool.device),
         slots=torch.from_numpy(_slots(rows, positions, pool)).to(pool.device),
         batches={window: _batches(rows, window, pool, workspace) for window in windows},
         workspace=workspace,
+        number=number,
+        continues=continues,
     )
 
 

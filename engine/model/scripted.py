@@ -1,4 +1,4 @@
-"""Decoding steps on a CPU: the layers compiled by TorchScript.
+"""Decoding steps on a CPU: the layers compiled by TorchScript, over keys and values that stay gathered.
 
 A decoder layer is some forty operators, of which a step of a few rows waits more for Python than for most of them; what
 is compiled calls them from C++, without the interpreter and its lock. The functions are those that `layers.py` calls,
@@ -14,17 +14,26 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from engine.model.dense import DenseKeys, take_turns
 from engine.model.layers import DecoderLayer
-from kernels.attention import AttentionMetadata, attend_one_query, rotate_and_write_to
+from kernels.attention import AttentionMetadata, attend_one_query, gather, keys_values, rotate, write_kv
 from kernels.linear import PackedGatedLinear, PackedLinear
 from kernels.norm import rms_norm
 
 # In the functional form, because TorchScript does not resolve annotations that are strings in a class.
 Batch = NamedTuple(  # noqa: UP014
     "Batch",
-    [("start", int), ("stop", int), ("pages", Tensor), ("first", int), ("last", int), ("mask", Optional[Tensor])],  # noqa: UP045
+    [
+        ("start", int),
+        ("stop", int),
+        ("pages", Tensor),
+        ("first", int),
+        ("last", int),
+        ("mask", Optional[Tensor]),  # noqa: UP045
+        ("offset", int),
+    ],
 )
-"""One `PaddedBatch`; it uses the gathered keys `[first, last)`."""
+"""One `PaddedBatch`, gathered from `offset` of its layer's memory on; it uses the keys `[first, last)`."""
 
 
 class _Layer(torch.nn.Module):
@@ -56,23 +65,31 @@ class _Layer(torch.nn.Module):
         cos: Tensor,
         sin: Tensor,
         slots: Tensor,
-        space: Tensor,
         batches: list[list[Batch]],
+        space: Tensor,
+        stride: int,
+        space_slots: Tensor | None,
     ) -> Tensor:
         heads = self.qkv(rms_norm(x, self.attention_norm, self.eps)).view(x.shape[0], -1, self.head_dim)
         queries_keys, values = heads[:, : self.rotated], heads[:, self.rotated :]
         if self.qk_norm is not None:
             queries_keys = rms_norm(queries_keys, self.qk_norm, self.eps)
-        q = rotate_and_write_to(slots, queries_keys, values, cos, sin, pool, self.layer)
-        mixed = [
-            attend_one_query(
-                q[b.start : b.stop], pool, self.layer, b.pages, b.first, b.last, b.mask, space, self.few_keys
-            )
-            for b in batches[self.window]
-        ]
+        q, rows = rotate(queries_keys, values, cos, sin)
+        write_kv(pool, self.layer, rows, slots)
+        own = space[self.layer * stride :]
+        if space_slots is not None:
+            own[:stride].view(-1, self.head_dim).index_copy_(0, space_slots, rows)
+        mixed: list[Tensor] = []
+        for b in batches[self.window]:
+            gathered = own[b.offset :]
+            if space_slots is None:
+                gather(pool, self.layer, b.pages, gathered)
+            keys, past = keys_values(gathered, b.pages, b.stop - b.start, pool, b.first, b.last)
+            mixed.append(attend_one_query(q[b.start : b.stop], keys, past, b.mask, self.few_keys))
         whole = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         x = self.output(whole.view(x.shape[0], -1), x)
-        return self.down(self.gate_up(rms_norm(x, self.feed_forward_norm, self.eps)), x)
+        y: Tensor = self.down(self.gate_up(rms_norm(x, self.feed_forward_norm, self.eps)), x)
+        return y
 
 
 class _Layers(torch.nn.Module):
@@ -87,11 +104,13 @@ class _Layers(torch.nn.Module):
         cos: Tensor,
         sin: Tensor,
         slots: Tensor,
-        space: Tensor,
         batches: list[list[Batch]],
+        space: Tensor,
+        stride: int,
+        space_slots: Tensor | None,
     ) -> Tensor:
         for layer in self.layers:
-            x = layer(x, pool, cos, sin, slots, space, batches)
+            x = layer(x, pool, cos, sin, slots, batches, space, stride, space_slots)
         return x
 
 
@@ -100,6 +119,7 @@ class ScriptedLayers:
 
     def __init__(self, layers: Sequence[DecoderLayer], few_keys: int) -> None:
         self._windows = sorted(set(layers[0].attention.config.windows))
+        self.dense = DenseKeys(len(layers)) if self._windows == [0] else None
         modules = _Layers([_Layer(layer, self._windows, few_keys) for layer in layers])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # what is to follow it needs a C++ compiler on the host
@@ -110,13 +130,15 @@ class ScriptedLayers:
 
     def __call__(self, x: Tensor, pool: Tensor, cos: Tensor, sin: Tensor, metadata: AttentionMetadata) -> Tensor:
         """Hidden states `[rows, hidden]` before the layers to those after them; see `engine.model.layers`."""
+        place = take_turns(metadata, pool) if self.dense is None else self.dense.place(metadata, pool)
         batches = [
-            [Batch(b.start, b.stop, b.pages, b.keys.start, b.keys.stop, b.mask) for b in metadata.batches[window]]
+            [
+                Batch(b.start, b.stop, b.pages, b.keys.start, b.keys.stop, b.mask, offset)
+                for b, offset in zip(metadata.batches[window], place.offsets, strict=False)
+            ]
             for window in self._windows
         ]
-        pages = max(batch.pages.numel() for one in batches for batch in one)
-        space = metadata.workspace.space(pages * pool.shape[4] * pool.shape[5])
-        y: Tensor = self._compiled(x, pool, cos, sin, metadata.slots, space, batches)
+        y: Tensor = self._compiled(x, pool, cos, sin, metadata.slots, batches, place.space, place.stride, place.slots)
         return y
 
 

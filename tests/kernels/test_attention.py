@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import products, ragged
-from kernels.attention import AttentionMetadata, Workspace, paged_attention, write_kv
+from kernels.attention import AttentionMetadata, Workspace, paged_attention, storable, write_kv
 
 LAYERS, BLOCK_TOKENS, DIM = 2, 4, 8
 MIXED = ((1, 1), (1, 9), (1, 30), (3, 3), (4, 17), (7, 7), (20, 33), (1, 14))
@@ -47,7 +47,7 @@ def make(lengths: tuple[tuple[int, int], ...], heads: int, kv_heads: int, fill: 
     histories = [torch.randn(kv, 2 * kv_heads, DIM, generator=generator) for _, kv in lengths]
     queries = torch.randn(sum(n for n, _ in lengths), heads, DIM, generator=generator)
     case = Case(pool, queries, histories, lengths, tables)
-    write_kv(pool, 1, torch.cat(histories), case.metadata(tuple((kv, kv) for _, kv in lengths)).slots)
+    write_kv(pool, 1, storable(torch.cat(histories)), case.metadata(tuple((kv, kv) for _, kv in lengths)).slots)
     return case
 
 
@@ -132,7 +132,7 @@ def test_values_that_are_not_finite_never_reach_a_page() -> None:
     case = make(((1, 6),), 4, 2)
     kv = torch.full((6, 4, DIM), math.nan)
     kv[3:] = math.inf
-    write_kv(case.pool, 0, kv, case.metadata(((6, 6),)).slots)
+    write_kv(case.pool, 0, storable(kv), case.metadata(((6, 6),)).slots)
     assert torch.isfinite(case.pool).all()
 
 

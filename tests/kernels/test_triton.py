@@ -93,7 +93,8 @@ def test_rotary_and_write_equal_torch_and_store_nothing_that_is_not_finite() -> 
     queries, totals = [n for n, _ in rows], [kv for _, kv in rows]
     theirs = ragged.build_metadata(queries, totals, pages, pool, (0,), attention.Workspace(pool.dtype, DEVICE))
     rotated = apply_rotary(heads[:, :8], cos, sin)
-    attention.write_kv(wanted_pool, 1, torch.cat((rotated[:, 6:], heads[:, 8:]), 1), theirs.slots)
+    kv = attention.storable(torch.cat((rotated[:, 6:], heads[:, 8:]), 1))
+    attention.write_kv(wanted_pool, 1, kv, theirs.slots)
     ours = metadata_builder(pool, 6, (0,))(queries, totals, pages)
     got = triton_rotary.rotate_and_write(heads[:, :8], heads[:, 8:], cos, sin, pool, 1, ours)
     torch.testing.assert_close(got, rotated[:, :6])
