@@ -17,6 +17,7 @@ CPU_POOL_BYTES = 4 << 30
 memory, and pages are only taken from the system when first written. `--kv-blocks` goes beyond."""
 CPU_POOL_BLOCKS = 1 << 16
 """Likewise for tiny models, whose blocks are small but cost bookkeeping each: a million tokens at 16 per block."""
+ROOMY = 3
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -46,11 +47,15 @@ def count_blocks(wanted: int, block_bytes: int, free: int, device: torch.device)
     return max(MIN_BLOCKS, min(fits, CPU_POOL_BYTES // block_bytes, CPU_POOL_BLOCKS))
 
 
-def check_weights(num_parameters: int, itemsize: int, free: int) -> None:
-    """Raises `StartupError` with `EXIT_MEMORY` when the weights cannot fit."""
-    needed = num_parameters * itemsize
-    if needed > free:
-        raise _no_memory(f"the weights need {_mib(needed)}", free)
+def check_weights(size: int, free: int) -> None:
+    """Raises `StartupError` with `EXIT_MEMORY` when weights of `size` bytes cannot fit into `free`."""
+    if size > free:
+        raise _no_memory(f"the weights need {_mib(size)}", free)
+
+
+def is_roomy(weights: int, free: int) -> bool:
+    """Whether weights of that many bytes may be kept twice: `free` holds a KV pool as large as one copy besides."""
+    return ROOMY * weights <= free
 
 
 def activation_bytes(config: ModelConfig, num_tokens: int, itemsize: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.decode_step import DecodeStep
 from engine.decoding import Decoding
-from engine.memory import activation_bytes, check_weights, count_blocks, free_bytes
+from engine.memory import activation_bytes, check_weights, count_blocks, free_bytes, is_roomy
 from engine.model.config import DTYPES, ModelConfig
 from engine.model.digest import model_digest
 from engine.model.transformer import Decoder
@@ -100,9 +100,11 @@ class ModelRunner:
         number = _dtype(dtype, config, place)
         layout = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_tokens, _name(number))
         checkpoint = Checkpoint(model_dir, progress)
-        check_weights(checkpoint.num_parameters(), number.itemsize, free_bytes(place, memory_utilization))
+        free = free_bytes(place, memory_utilization)
+        weights = checkpoint.num_parameters() * number.itemsize
+        check_weights(weights, free)
         with torch.inference_mode():
-            model = Decoder(config, checkpoint, place, number)
+            model = Decoder(config, checkpoint, place, number, roomy=is_roomy(weights, free))
         free = free_bytes(place, memory_utilization)
         free -= activation_bytes(config, max_num_batched_tokens, number.itemsize)
         blocks = count_blocks(num_blocks, layout.block_bytes, free, place)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +27,20 @@ TORCH: Operators[AttentionMetadata] = Operators(
     draw=sampling.draw,
 )
 
+FRUGAL = replace(
+    TORCH,
+    make_linear=partial(linear.make_linear, roomy=False),
+    make_gated_linear=partial(linear.make_gated_linear, roomy=False),
+)
+"""Without a second copy of weights for steps of one or two rows."""
+
 log = logging.getLogger("kvmesh.kernels")
 
 
-def operators(device: torch.device, dtype: torch.dtype) -> Operators[Any]:
-    """Triton kernels on CUDA devices, plain torch elsewhere."""
+def operators(device: torch.device, dtype: torch.dtype, *, roomy: bool = True) -> Operators[Any]:
+    """Triton kernels on CUDA devices, plain torch elsewhere. `roomy`: memory may be spent for speed."""
     if device.type != "cuda" or dtype not in TRITON_DTYPES:
-        return TORCH
+        return TORCH if roomy else FRUGAL
     try:
         # Not imported above: a CPU worker would pay 70 MiB and a third of a second for what it never uses.
         found: Operators[Any] = importlib.import_module("kernels.triton.operators").TRITON

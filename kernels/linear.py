@@ -46,11 +46,11 @@ class PackedLinear(torch.nn.Module):
     """CPU through oneDNN with prepacked weights: reads them at up to twice the speed of `functional.linear` when
     there are few rows, and adds bias and residual before rounding. `kernels.few_rows` for one or two."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, roomy: bool = True) -> None:
         super().__init__()
         self.weight = _pack(weight)
         self.bias = bias
-        self.few_rows = few_rows.make_few_rows_linear(weight, bias)
+        self.few_rows = few_rows.make_few_rows_linear(weight, bias) if roomy else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.few_rows is not None:  # noqa: SIM102 - TorchScript leaves out what follows None only so
@@ -102,11 +102,15 @@ class DenseGatedLinear:
 class PackedGatedLinear(torch.nn.Module):
     """Two products with the activation applied before the results leave the cache: a tenth of a long prompt's time."""
 
-    def __init__(self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> None:
+    def __init__(
+        self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, roomy: bool = True
+    ) -> None:
         super().__init__()
         self.gate, self.gate_bias = _pack(gate), gate_bias
         self.up, self.up_bias = _pack(up), up_bias
-        self.few_rows = few_rows.make_few_rows_linear(torch.cat((gate, up)), _both(gate_bias, up_bias))
+        self.few_rows = None
+        if roomy:
+            self.few_rows = few_rows.make_few_rows_linear(torch.cat((gate, up)), _both(gate_bias, up_bias))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.few_rows is not None:  # noqa: SIM102 - as above
@@ -132,17 +136,17 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """The fastest layer for where `weight` `[out, in]` lies; `bias` is `[out]`."""
+def make_linear(weight: Tensor, bias: Tensor | None = None, *, roomy: bool = True) -> Linear:
+    """The fastest layer for where `weight` `[out, in]` lies; `bias` is `[out]`. `roomy`: weights may be kept twice."""
     if can_pack(weight.device, weight.dtype):
-        return PackedLinear(weight, bias)
+        return PackedLinear(weight, bias, roomy)
     return DenseLinear(weight, bias)
 
 
 def make_gated_linear(
-    gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
+    gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None, *, roomy: bool = True
 ) -> GatedLinear:
-    """The fastest layer for where `gate` and `up`, both `[out, in]`, lie; the biases are `[out]`."""
+    """The fastest layer for where `gate` and `up`, both `[out, in]`, lie; the biases are `[out]`. `roomy`: as above."""
     if can_pack(gate.device, gate.dtype):
-        return PackedGatedLinear(gate, up, gate_bias, up_bias)
+        return PackedGatedLinear(gate, up, gate_bias, up_bias, roomy)
     return DenseGatedLinear(gate, up, gate_bias, up_bias)

@@ -24,10 +24,19 @@ from kernels.products import few_keys
 class Decoder:
     """Token ids in, logits out; keys and values go to the pages that the metadata names."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        """Reads the weights. Raises `StartupError` when one is missing or has another shape."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        roomy: bool = True,
+    ) -> None:
+        """Reads the weights; with `roomy`, weights may be kept twice. Raises `StartupError` when one is missing or has
+        another shape."""
         self.dtype = dtype
-        self.ops = operators(device, dtype)
+        self.ops = operators(device, dtype, roomy=roomy)
         build = _Builder(config, checkpoint, device, dtype, self.ops)
         self.embedding = build.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.layers = [build.layer(i) for i in range(config.num_layers)]

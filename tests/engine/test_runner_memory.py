@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine import memory
-from engine.memory import CPU_POOL_BLOCKS, CPU_POOL_BYTES, check_weights, count_blocks, free_bytes
+from engine.memory import CPU_POOL_BLOCKS, CPU_POOL_BYTES, check_weights, count_blocks, free_bytes, is_roomy
 from mesh.errors import EXIT_MEMORY, StartupError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -35,9 +35,9 @@ def test_too_little_memory_is_refused(wanted: int, free: int) -> None:
 
 
 def test_weights_must_fit() -> None:
-    check_weights(MIB, 4, 4 * MIB)
+    check_weights(4 * MIB, 4 * MIB)
     with pytest.raises(StartupError, match=r"the weights need 4\.0 MiB"):
-        check_weights(MIB, 4, 4 * MIB - 1)
+        check_weights(4 * MIB, 4 * MIB - 1)
 
 
 def test_free_memory_respects_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,3 +50,8 @@ def test_free_memory_respects_the_container(tmp_path: Path, monkeypatch: pytest.
     assert free_bytes(CPU, 0.5) == 3 * MIB
     (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes(CPU, 1.0) > 100 * MIB
+
+
+def test_weights_are_kept_twice_where_a_pool_fits_beside_them() -> None:
+    assert is_roomy(4 * MIB, 12 * MIB)
+    assert not is_roomy(4 * MIB, 12 * MIB - 1)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels import few_rows
+from kernels.dispatch import operators
 from kernels.few_rows import MIN_RMS, make_few_rows_linear
 from kernels.linear import PackedGatedLinear, PackedLinear, can_pack
 
@@ -57,6 +58,18 @@ def test_large_weights_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = PackedLinear(weight, None)
     assert layer.few_rows is None
     torch.testing.assert_close(layer(x), functional.linear(x, weight), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("roomy", [True, False])
+def test_weights_are_kept_twice_only_where_there_is_room(roomy: bool) -> None:
+    ops = operators(torch.device("cpu"), torch.bfloat16, roomy=roomy)
+    linear, gated = (
+        ops.make_linear(random(24, 16), None),
+        ops.make_gated_linear(random(24, 16), random(24, 16), None, None),
+    )
+    assert isinstance(linear, PackedLinear)
+    assert isinstance(gated, PackedGatedLinear)
+    assert (linear.few_rows is not None, gated.few_rows is not None) == (roomy, roomy)
 
 
 def test_a_row_is_the_same_alone_and_beside_another() -> None:
