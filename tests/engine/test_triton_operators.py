@@ -58,9 +58,9 @@ def generate(directory: Path) -> tuple[dict[str, list[int]], int]:
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])
 def test_tokens_equal_those_of_plain_torch(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = build(family, tmp_path, num_hidden_layers=2)
-    monkeypatch.setattr(transformer, "operators", lambda *_: TORCH)
+    monkeypatch.setattr(transformer, "operators", lambda *_, **__: TORCH)
     wanted = generate(directory)
-    monkeypatch.setattr(transformer, "operators", lambda *_: TRITON)
+    monkeypatch.setattr(transformer, "operators", lambda *_, **__: TRITON)
     assert generate(directory) == wanted
     assert wanted[1] == 32
     assert {key: len(tokens) for key, tokens in wanted[0].items()} == {

@@ -53,7 +53,7 @@ def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_every_part_runs_after_ceilings_and_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer, "operators", lambda *_: TRITON)
+    monkeypatch.setattr(transformer, "operators", lambda *_, **__: TRITON)
     monkeypatch.setattr(h200, "peer_rows", lambda _: [["transformers", "", ""]])
     said: list[str] = []
     assert measure(PLAN, time.monotonic() + 1000, said.append) == 0
