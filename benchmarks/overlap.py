@@ -4,8 +4,8 @@
 
 This process is the proxy of one real prefill and one real decode worker with a random 25 M Llama. The same prompt goes
 two ways, in turn, with nothing cached: the decode worker hears of it with the prefill worker, as always; or only when
-the first token is there, so that nothing overlaps. From the first token to the decode worker's own first one, less one
-of its steps, is what of the transfer is exposed. Both ways must give the same tokens.
+the first token is there, so that nothing overlaps. From the first token to the decode worker's own first one, less the
+step that made it as that worker reports it, is what of the transfer is exposed. Both ways must give the same tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from mesh.messages import Decode, Peer, Prefill, ProxyBeat, Register, TokenBatch
 from mesh.params import SamplingParams
 
 TOKENS = 12
-"""Generated per request; the steps between them tell how long a step is."""
+"""Generated per request."""
 READY_S = 120.0
 BEAT_S = 2.0
 LEASE_S = 10.0
@@ -112,6 +111,7 @@ def request(proxy: Proxy, prompt: list[int], *, overlapped: bool) -> Timed:
     tokens: dict[int, int] = {}
     arrived: dict[int, float] = {}
     moved = 0
+    first_step_s = 0.0
     while len(tokens) < TOKENS:
         new = list(proxy.deltas(PATIENCE_S))
         if not new:
@@ -120,15 +120,15 @@ def request(proxy: Proxy, prompt: list[int], *, overlapped: bool) -> Timed:
         for delta in new:
             if delta.report is not None:
                 moved = max(moved, delta.report.transfer_bytes)
+                if delta.index > 0:
+                    first_step_s = delta.report.compute_s
             for offset, token in enumerate(delta.tokens):
                 tokens.setdefault(delta.index + offset, token)
                 arrived.setdefault(delta.index + offset, now)
         if not overlapped and len(tokens) == 1:
             overlapped = True
             proxy.send("decode-0", decode)
-    steps = [b - a for a, b in pairwise([arrived[i] for i in range(1, TOKENS)])]
-    exposed = arrived[1] - arrived[0] - statistics.median(steps)
-    return Timed(exposed, [tokens[i] for i in range(TOKENS)], moved)
+    return Timed(arrived[1] - arrived[0] - first_step_s, [tokens[i] for i in range(TOKENS)], moved)
 
 
 @contextmanager
