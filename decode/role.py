@@ -27,7 +27,7 @@ from mesh.messages import Abort, Decode, KvHolder, Peer, Prefill, PrefillReport
 from worker.firsttoken import FirstToken
 from worker.links import ProxyLink
 from worker.role import Job, Parts, converted_from, engine_request, new_transfer_id, same_layout
-from worker.steploop import Expected, Produced, Rejected, Stepped
+from worker.steploop import Expected, Finished, Rejected, Stepped
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ class DecodeRole:
             if out.finish is not None:
                 self._forget(job)
 
-    def exported_all(self, event: Produced) -> None:
+    def exported_all(self, event: Finished) -> None:
         """Blocks of this role are fetched by name, not by stream."""
 
     def _report(self, job: DecodeJob, out: TokenOut) -> PrefillReport | None:

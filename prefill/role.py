@@ -25,7 +25,7 @@ from mesh.messages import Abort, Decode, KvHolder, Prefill, PrefillReport
 from worker.firsttoken import FirstToken
 from worker.links import ProxyLink
 from worker.role import Job, Parts, converted_from, engine_request, new_transfer_id, same_layout
-from worker.steploop import Expected, Produced, Rejected, Stepped
+from worker.steploop import Expected, Finished, Rejected, Stepped
 
 
 @dataclass(slots=True, eq=False)
@@ -89,7 +89,7 @@ class PrefillRole:
             if job is not None:
                 self._first_token(job, out)
 
-    def exported_all(self, event: Produced) -> None:
+    def exported_all(self, event: Finished) -> None:
         for out in event.output.tokens:
             key = out.request.key
             if key not in self._streams:

@@ -50,6 +50,7 @@ from worker.steploop import (
     Beaten,
     Expected,
     Exported,
+    Finished,
     LoopEvent,
     Produced,
     Rejected,
@@ -218,6 +219,8 @@ class WorkerProcess:
                 self._stepped(event)
             elif isinstance(event, Produced):
                 self._produced(event)
+            elif isinstance(event, Finished):
+                self._role.exported_all(event)
             elif isinstance(event, Exported):
                 self._station.kv.provide(event.name, event.payload)
             elif isinstance(event, Expected):
@@ -242,7 +245,6 @@ class WorkerProcess:
         for block in event.exported:
             if block.payload is not None:
                 self._station.kv.produced(block.stream, block.name, block.payload)
-        self._role.exported_all(event)
 
     def _beat(self, event: Beaten) -> None:
         self._last_beat = self._clock()

@@ -15,7 +15,7 @@ from mesh.layout import KvLayout
 from mesh.messages import Abort, Decode, KvHolder, Peer, Prefill, PrefillReport, Refused, TokenBatch, TokenDelta
 from worker.links import ProxyLink
 from worker.metrics import WorkerMetrics
-from worker.steploop import Expected, Produced, Rejected, StepLoop, Stepped
+from worker.steploop import Expected, Finished, Rejected, StepLoop, Stepped
 
 
 def engine_key(request_id: str, attempt: int) -> str:
@@ -138,7 +138,7 @@ class Role(Protocol):
     def stepped(self, event: Stepped) -> None:
         """The step's tokens. The step's wanted blocks are sent after this, so that a note precedes them."""
 
-    def exported_all(self, event: Produced) -> None:
+    def exported_all(self, event: Finished) -> None:
         """The step's wanted blocks were sent."""
 
     def expected(self, event: Expected) -> None: ...

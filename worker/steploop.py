@@ -18,7 +18,7 @@ from engine.engine import Engine
 from engine.errors import CannotFit
 from engine.grammar import Matcher
 from engine.request import EngineRequest
-from engine.step import Missing, StepOutput
+from engine.step import BlockReady, Missing, StepOutput
 from mesh.errors import GrammarError
 from mesh.layout import KvLayout
 from mesh.messages import Load
@@ -26,6 +26,8 @@ from worker.grammars import Grammars
 
 BEAT_EVERY_S = 0.2
 """Well under the proxy's shortest time-out, far over the cost of one message."""
+PRODUCED_BYTES = 1 << 20
+"""Of blocks that are told of at once: what the transfer layer puts into one message."""
 IDLE_WAIT_S = 0.1
 """An idle loop wakes at least twice per beat; a command wakes it at once."""
 
@@ -49,11 +51,16 @@ class Exported:
 
 @dataclass(frozen=True, slots=True)
 class Produced:
-    """The blocks of the step last told of that somebody waits for; not told where the step finished and exported
-    nothing."""
+    """Blocks of the step last told of that somebody waits for."""
+
+    exported: tuple[Exported, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """All blocks of that step were told, in which requests finished."""
 
     output: StepOutput
-    exported: tuple[Exported, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +104,7 @@ class Stopped:
     error: BaseException | None
 
 
-LoopEvent = Stepped | Produced | Exported | Expected | Rejected | Beaten | Snapshot | Stopped
+LoopEvent = Stepped | Produced | Finished | Exported | Expected | Rejected | Beaten | Snapshot | Stopped
 
 
 class StepLoop:
@@ -198,15 +205,23 @@ class StepLoop:
         output = self._engine.step()
         self._progressed = output.num_scheduled_tokens > 0
         self._emit(Stepped(output, self._clock() - began))
-        exported = [
-            Exported(ready.request.key, ready.hash, self._payload(ready.hash))
-            for ready in output.ready
-            if ready.hash in self._wanted.get(ready.request.key, ())
-        ]
-        if exported or any(token.finish is not None for token in output.tokens):
-            self._emit(Produced(output, tuple(exported)))
+        self._produce([ready for ready in output.ready if ready.hash in self._wanted.get(ready.request.key, ())])
+        if any(token.finish is not None for token in output.tokens):
+            self._emit(Finished(output))
         for failed in output.failed:
             self._emit(Rejected(failed.request.key, "grammar", failed.reason, retryable=False))
+
+    def _produce(self, wanted: Sequence[BlockReady]) -> None:
+        """The first are on their way while the others are copied."""
+        exported: list[Exported] = []
+        size = 0
+        for ready in wanted:
+            payload = self._payload(ready.hash)
+            exported.append(Exported(ready.request.key, ready.hash, payload))
+            size += 0 if payload is None else len(payload)
+            if size >= PRODUCED_BYTES or ready is wanted[-1]:
+                self._emit(Produced(tuple(exported)))
+                exported, size = [], 0
 
     def _payload(self, name: bytes) -> bytes | None:
         found = self._engine.export(name)

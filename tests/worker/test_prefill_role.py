@@ -14,7 +14,7 @@ from mesh.params import SamplingParams
 from prefill.role import PrefillRole
 from tests.worker.role_fakes import DECODE, LAYOUT, OTHER, Bench, decode_message, prefill_message
 from worker.firsttoken import FirstToken
-from worker.steploop import Expected, Produced, Stepped
+from worker.steploop import Expected, Finished, Stepped
 
 KEY = "r#1"
 
@@ -30,8 +30,8 @@ def stepped(finish: str) -> Stepped:
     return Stepped(StepOutput((TokenOut(request, 0, 5, None, finish),), (), (), (), 10), 0.1)
 
 
-def produced(finish: str) -> Produced:
-    return Produced(stepped(finish).output, ())
+def finished(finish: str) -> Finished:
+    return Finished(stepped(finish).output)
 
 
 def test_a_prefill_is_a_request_that_leaves_after_one_token() -> None:
@@ -58,7 +58,7 @@ def test_the_stream_is_closed_after_the_steps_blocks() -> None:
     role = started(bench)
     role.stepped(stepped("handoff"))
     assert bench.kv.named("close_stream") == []
-    role.exported_all(produced("handoff"))
+    role.exported_all(finished("handoff"))
     assert bench.kv.named("close_stream") == [(KEY,)]
 
 
@@ -66,7 +66,7 @@ def test_a_stream_whose_first_token_is_the_last_is_released_at_once() -> None:
     bench = Bench()
     role = started(bench)
     role.stepped(stepped("length"))
-    role.exported_all(produced("length"))
+    role.exported_all(finished("length"))
     assert bench.kv.named("release_stream") == [(KEY,)]
     assert role.num_jobs == 0
 

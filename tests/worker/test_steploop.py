@@ -16,8 +16,20 @@ from mesh import blockhash
 from mesh.errors import GrammarError
 from mesh.params import SamplingParams
 from tests.proxy.tiny_tokenizer import byte_level, token_of
+from worker import steploop
 from worker.grammars import Grammars
-from worker.steploop import Beaten, Expected, Exported, LoopEvent, Produced, Rejected, StepLoop, Stepped, Stopped
+from worker.steploop import (
+    Beaten,
+    Expected,
+    Exported,
+    Finished,
+    LoopEvent,
+    Produced,
+    Rejected,
+    StepLoop,
+    Stepped,
+    Stopped,
+)
 
 ROOT = b"r" * 16
 PROMPT = list(range(10, 30))
@@ -81,16 +93,31 @@ def test_wanted_blocks_are_exported_right_after_the_step_that_completes_them_is_
     event = bench.until(lambda e: isinstance(e, Stepped | Produced))
     assert isinstance(event, Produced)
     assert isinstance(told, Stepped)
-    assert told.output is event.output
+    assert told.output.ready
     assert [(block.stream, block.name) for block in event.exported] == [("a", names[0])]
     assert event.exported[0].payload is not None
 
 
 def test_a_request_that_ends_is_told_to_have_exported_everything(bench: Bench) -> None:
     bench.loop.add(request("a", 2))
-    event = bench.until(lambda e: isinstance(e, Produced))
-    assert isinstance(event, Produced)
-    assert (event.output.tokens[0].finish, event.exported) == ("length", ())
+    event = bench.until(lambda e: isinstance(e, Finished))
+    assert isinstance(event, Finished)
+    assert event.output.tokens[0].finish == "length"
+
+
+def test_many_blocks_are_told_of_piece_by_piece_and_then_that_it_was_all(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steploop, "PRODUCED_BYTES", 1)
+    names = blockhash.chain(ROOT, PROMPT, 8)
+    bench.loop.want("a", frozenset(names))
+    bench.loop.add(request("a", hold=True))
+    told: list[LoopEvent] = []
+    while not told or not isinstance(told[-1], Finished):
+        told.append(bench.until(lambda e: isinstance(e, Produced | Finished)))
+    pieces = [event for event in told if isinstance(event, Produced)]
+    assert [block.name for piece in pieces for block in piece.exported] == list(names)
+    assert len(pieces) == len(names) == 2
 
 
 def test_a_block_that_is_not_here_is_exported_as_none(bench: Bench) -> None:
