@@ -63,6 +63,8 @@ from worker.wakeup import Wakeup
 
 log = logging.getLogger(__name__)
 
+LOOP_EVENTS = 256
+"""Of the step loop, read in one turn with those that it tells meanwhile; then it is the sockets' turn."""
 POLL_MS = 50
 """Longest sleep of the I/O loop: the resolution of its deadlines."""
 STOP_TIMEOUT_S = 5.0
@@ -213,8 +215,11 @@ class WorkerProcess:
             link.send(Refused(message.request_id, message.attempt, refusal[0], refusal[1], True))
 
     def _read_loop(self) -> None:
-        for _ in range(self._events.qsize()):
-            event = self._events.get_nowait()
+        for _ in range(LOOP_EVENTS):
+            try:
+                event = self._events.get_nowait()
+            except queue.Empty:
+                return
             if isinstance(event, Stepped):
                 self._stepped(event)
             elif isinstance(event, Produced):
@@ -233,6 +238,7 @@ class WorkerProcess:
                 self._publisher.reset(event.names)
             elif isinstance(event, Stopped):
                 self._stopped(event)
+        self._wake.set()  # there may be more
 
     def _stepped(self, event: Stepped) -> None:
         self._station.metrics.stepped(event)
