@@ -46,6 +46,8 @@ CPU_STEP_TOKENS = 512
 neighbour should wait when one process serves both."""
 CUDA_STEP_TOKENS = 8192
 WARM_UP_TOKENS = 256
+WARM_UP_DECODED = 4
+"""The first token comes with the prompt; TorchScript watches the first step after it and optimises in the second."""
 MIN_STEP_BOUND_S = 5.0
 """A step that is merely slow (a page fault storm, a noisy neighbour) must not count as hung."""
 STEP_BOUND_FACTOR = 20
@@ -190,18 +192,19 @@ def set_threads(threads: int) -> None:
 
 
 def warm_up(engine: Engine, budget: int) -> float:
-    """Computes one prompt and one token, so that the first client pays for no lazy set-up; returns a step's bound."""
-    tokens = min(WARM_UP_TOKENS, budget, engine.capacity_tokens - 2)
-    began = time.monotonic()
+    """Computes one prompt and some tokens, so that the first client pays for no lazy set-up; returns a step's bound."""
+    tokens = min(WARM_UP_TOKENS, budget, engine.capacity_tokens - WARM_UP_DECODED)
     request = EngineRequest(
         "warm-up",
         [1] * max(1, tokens),
         max(1, tokens),
-        SamplingParams(max_tokens=2, temperature=0.0),
+        SamplingParams(max_tokens=WARM_UP_DECODED, temperature=0.0),
         secrets.token_bytes(16),
     )
     engine.add(request)
+    began = time.monotonic()
+    engine.step()
+    per_token = (time.monotonic() - began) / max(1, tokens)
     while engine.has_work:
         engine.step()
-    per_token = (time.monotonic() - began) / max(1, tokens)
     return max(MIN_STEP_BOUND_S, STEP_BOUND_FACTOR * per_token * budget)
