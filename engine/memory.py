@@ -18,6 +18,7 @@ memory, and pages are only taken from the system when first written. `--kv-block
 CPU_POOL_BLOCKS = 1 << 16
 """Likewise for tiny models, whose blocks are small but cost bookkeeping each: a million tokens at 16 per block."""
 ROOMY = 3
+"""Times the weights: themselves, a second copy, and a pool as large."""
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -54,7 +55,7 @@ def check_weights(size: int, free: int) -> None:
 
 
 def is_roomy(weights: int, free: int) -> bool:
-    """Whether weights of that many bytes may be kept twice: `free` holds a KV pool as large as one copy besides."""
+    """Whether weights of that many bytes may be kept twice in `free`."""
     return ROOMY * weights <= free
 
 

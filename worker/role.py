@@ -139,7 +139,7 @@ class Role(Protocol):
         """The step's tokens. The step's wanted blocks are sent after this, so that a note precedes them."""
 
     def exported_all(self, event: Finished) -> None:
-        """The step's wanted blocks were sent."""
+        """The wanted blocks of a step in which requests finished were sent."""
 
     def expected(self, event: Expected) -> None: ...
 

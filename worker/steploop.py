@@ -19,6 +19,7 @@ from engine.errors import CannotFit
 from engine.grammar import Matcher
 from engine.request import EngineRequest
 from engine.step import BlockReady, Missing, StepOutput
+from kvtransfer.transports.base import PARCEL_BYTES
 from mesh.errors import GrammarError
 from mesh.layout import KvLayout
 from mesh.messages import Load
@@ -26,8 +27,8 @@ from worker.grammars import Grammars
 
 BEAT_EVERY_S = 0.2
 """Well under the proxy's shortest time-out, far over the cost of one message."""
-PRODUCED_BYTES = 1 << 20
-"""Of blocks that are told of at once: what the transfer layer puts into one message."""
+PRODUCED_BYTES = PARCEL_BYTES
+"""Of blocks that are told of at once: what leaves in one message."""
 IDLE_WAIT_S = 0.1
 """An idle loop wakes at least twice per beat; a command wakes it at once."""
 

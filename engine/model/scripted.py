@@ -34,6 +34,19 @@ Batch = NamedTuple(  # noqa: UP014
     ],
 )
 """One `PaddedBatch`, gathered from `offset` of its layer's memory on; it uses the keys `[first, last)`."""
+Inputs = NamedTuple(  # noqa: UP014
+    "Inputs",
+    [
+        ("pool", Tensor),
+        ("cos", Tensor),
+        ("sin", Tensor),
+        ("slots", Tensor),
+        ("space", Tensor),
+        ("stride", int),
+        ("space_slots", Optional[Tensor]),  # noqa: UP045
+    ],
+)
+"""What every layer needs besides the hidden states and the batches: see `Step`, `AttentionMetadata`, `dense.Place`."""
 
 
 class _Layer(torch.nn.Module):
@@ -58,33 +71,23 @@ class _Layer(torch.nn.Module):
         self.gate_up = feed_forward.gate_up
         self.down = feed_forward.down
 
-    def forward(
-        self,
-        x: Tensor,
-        pool: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        slots: Tensor,
-        batches: list[list[Batch]],
-        space: Tensor,
-        stride: int,
-        space_slots: Tensor | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, step: Inputs, batches: list[list[Batch]]) -> Tensor:
         heads = self.qkv(rms_norm(x, self.attention_norm, self.eps)).view(x.shape[0], -1, self.head_dim)
         queries_keys, values = heads[:, : self.rotated], heads[:, self.rotated :]
         if self.qk_norm is not None:
             queries_keys = rms_norm(queries_keys, self.qk_norm, self.eps)
-        q, rows = rotate(queries_keys, values, cos, sin)
-        write_kv(pool, self.layer, rows, slots)
-        own = space[self.layer * stride :]
+        q, rows = rotate(queries_keys, values, step.cos, step.sin)
+        write_kv(step.pool, self.layer, rows, step.slots)
+        own = step.space[self.layer * step.stride :]
+        space_slots = step.space_slots  # by this name, TorchScript knows that it is not None
         if space_slots is not None:
-            own[:stride].view(-1, self.head_dim).index_copy_(0, space_slots, rows)
+            own[: step.stride].view(-1, self.head_dim).index_copy_(0, space_slots, rows)
         mixed: list[Tensor] = []
         for b in batches[self.window]:
             gathered = own[b.offset :]
             if space_slots is None:
-                gather(pool, self.layer, b.pages, gathered)
-            keys, past = keys_values(gathered, b.pages, b.stop - b.start, pool, b.first, b.last)
+                gather(step.pool, self.layer, b.pages, gathered)
+            keys, past = keys_values(gathered, b.pages, b.stop - b.start, step.pool, b.first, b.last)
             mixed.append(attend_one_query(q[b.start : b.stop], keys, past, b.mask, self.few_keys))
         whole = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         x = self.output(whole.view(x.shape[0], -1), x)
@@ -97,20 +100,9 @@ class _Layers(torch.nn.Module):
         super().__init__()
         self.layers = torch.nn.ModuleList(layers)
 
-    def forward(
-        self,
-        x: Tensor,
-        pool: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        slots: Tensor,
-        batches: list[list[Batch]],
-        space: Tensor,
-        stride: int,
-        space_slots: Tensor | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, step: Inputs, batches: list[list[Batch]]) -> Tensor:
         for layer in self.layers:
-            x = layer(x, pool, cos, sin, slots, batches, space, stride, space_slots)
+            x = layer(x, step, batches)
         return x
 
 
@@ -138,7 +130,8 @@ class ScriptedLayers:
             ]
             for window in self._windows
         ]
-        y: Tensor = self._compiled(x, pool, cos, sin, metadata.slots, batches, place.space, place.stride, place.slots)
+        step = Inputs(pool, cos, sin, metadata.slots, place.space, place.stride, place.slots)
+        y: Tensor = self._compiled(x, step, batches)
         return y
 
 
