@@ -171,8 +171,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             yield str(model), partial(paged_attention, q, pool, 0, step, model.window)
         qkv = empty(64, model.heads + 2 * kv_heads, model.dim)
         cos = empty(64, 1, model.dim)
-        queries_keys, values = qkv[:, : model.heads + kv_heads], qkv[:, model.heads + kv_heads :]
-        yield str(model), partial(rotate_and_write, queries_keys, values, cos, cos, pool, 0, step)
+        yield str(model), partial(rotate_and_write, qkv, cos, cos, pool, 0, step)
     x, weight, blocks = empty(64, HIDDEN), empty(HIDDEN), empty(8, dtype=torch.int64)
     yield f"{HIDDEN}", partial(rms_norm, x, weight, 1e-6)
     yield f"{HIDDEN} + residual", partial(add_rms_norm, x, x, weight, 1e-6)

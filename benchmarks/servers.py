@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mesh.launcher import WORKER_LOAD_TIME_DEFAULTS
+
 ROOT = Path(__file__).resolve().parents[1]
 READY_S = 240
 MODEL_NAME = "llama"
@@ -117,7 +119,7 @@ def _started(server: Server, model: Path, port: int) -> Iterator[tuple[subproces
         child = subprocess.Popen(
             [part.replace("{port}", str(port)).replace("{model}", str(model)) for part in server.command],
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | server.env,
+            env={**WORKER_LOAD_TIME_DEFAULTS, **os.environ, "OMP_NUM_THREADS": "1"} | server.env,
             stdout=log,
             stderr=log,
             start_new_session=True,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels import products
-from kernels.rotary import apply_rotary
+from kernels.rotary import apply_rotary_
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,8 @@ class Workspace:
         self._steps = 0
         self._rows: tuple[list[int], list[Sequence[int]]] = ([], [])
         """Tokens in all and pages of the last step's rows."""
+        self.last: AttentionMetadata | None = None
+        """Of the last step, where it had one token per row."""
         self.few_keys = products.few_keys(device, dtype)
         self._masks: dict[int, Tensor] = {}
 
@@ -108,26 +110,22 @@ class AttentionMetadata:
 
 
 def rotate_and_write(
-    queries_keys: Tensor,
-    values: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    pool: Tensor,
-    layer: int,
-    metadata: AttentionMetadata,
+    qkv: Tensor, cos: Tensor, sin: Tensor, pool: Tensor, layer: int, metadata: AttentionMetadata
 ) -> Tensor:
-    """Rotates the query and key heads `[tokens, heads + kv_heads, head_dim]`, stores keys and `values` `[tokens,
-    kv_heads, head_dim]`, and returns the queries; see `apply_rotary` and `write_kv`."""
-    queries, rows = rotate(queries_keys, values, cos, sin)
+    """Of `qkv` `[tokens, heads + 2 * kv_heads, head_dim]`, the query, key and value heads as they leave the projection,
+    rotates queries and keys, in place, stores keys and values, and returns the queries `[tokens, heads, head_dim]`, in
+    the pool's dtype; see `apply_rotary_` and `write_kv`."""
+    queries, rows = rotate(qkv, cos, sin, pool)
     write_kv(pool, layer, rows, metadata.slots)
     return queries
 
 
-def rotate(queries_keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
     """The rotated queries, and what `write_kv` stores: see `rotate_and_write`."""
-    rotated = apply_rotary(queries_keys, cos, sin)
-    heads = rotated.shape[1] - values.shape[1]
-    return rotated[:, :heads], storable(torch.cat((rotated[:, heads:], values), 1))
+    kv_heads = pool.shape[3]
+    heads = qkv.shape[1] - 2 * kv_heads
+    apply_rotary_(qkv[:, : heads + kv_heads], cos, sin)
+    return qkv[:, :heads].to(pool.dtype), storable(qkv[:, heads:].to(pool.dtype))
 
 
 def storable(kv: Tensor) -> Tensor:
@@ -136,12 +134,12 @@ def storable(kv: Tensor) -> Tensor:
     What is not finite becomes zero: masked positions are multiplied with zero, and zero times a NaN that one request
     left in a page would be a NaN in the next request that uses the page.
     """
-    return torch.nan_to_num(kv, nan=0.0, posinf=0.0, neginf=0.0).view(-1, kv.shape[2])
+    return torch.nan_to_num(kv, nan=0.0, posinf=0.0, neginf=0.0).reshape(-1, kv.shape[2])
 
 
 def write_kv(pool: Tensor, layer: int, rows: Tensor, slots: Tensor) -> None:
     """Stores `storable` rows into the pages' `slots`, see `AttentionMetadata`."""
-    _from_layer(pool, layer, pool.shape[5]).index_copy_(0, slots, rows)
+    rows_from(pool, layer, pool.shape[5]).index_copy_(0, slots, rows)
 
 
 def paged_attention(q: Tensor, pool: Tensor, layer: int, metadata: AttentionMetadata, window: int) -> Tensor:
@@ -162,8 +160,9 @@ def paged_attention(q: Tensor, pool: Tensor, layer: int, metadata: AttentionMeta
 def _attend(q: Tensor, pool: Tensor, layer: int, batch: PaddedBatch, workspace: Workspace) -> Tensor:
     """One padded batch: `q` `[its tokens, heads, head_dim]` to the same shape."""
     heads, dim = q.shape[1:]
-    gathered = workspace.space(batch.pages.numel() * pool.shape[4] * dim)
-    gather(pool, layer, batch.pages, gathered)
+    width = pool.shape[4] * dim
+    gathered = workspace.space(batch.pages.numel() * width)
+    gather(rows_from(pool, layer, width), batch.pages, gathered)
     keys, values = keys_values(gathered, batch.pages, batch.rows, pool, batch.keys.start, batch.keys.stop)
     if batch.queries == 1:
         return attend_one_query(q, keys, values, batch.mask, workspace.few_keys)
@@ -195,11 +194,10 @@ def _many_queries(q: Tensor, keys: Tensor, values: Tensor, batch: PaddedBatch) -
     ).transpose(1, 2)
 
 
-def gather(pool: Tensor, layer: int, pages: Tensor, space: Tensor) -> None:
-    """Copies a batch's pages of `layer` to the beginning of `space`, one-dimensional."""
-    width = pool.shape[4] * pool.shape[5]
-    gathered = space[: pages.numel() * width].view(-1, width)
-    torch.index_select(_from_layer(pool, layer, width), 0, pages, out=gathered)
+def gather(rows: Tensor, pages: Tensor, space: Tensor) -> None:
+    """Copies a batch's pages, of `rows_from` their layer, to the beginning of `space`, one-dimensional."""
+    width = rows.shape[1]
+    torch.index_select(rows, 0, pages, out=space[: pages.numel() * width].view(-1, width))
 
 
 def keys_values(space: Tensor, pages: Tensor, rows: int, pool: Tensor, first: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -209,7 +207,7 @@ def keys_values(space: Tensor, pages: Tensor, rows: int, pool: Tensor, first: in
     return both[0], both[1]
 
 
-def _from_layer(pool: Tensor, layer: int, width: int) -> Tensor:
+def rows_from(pool: Tensor, layer: int, width: int) -> Tensor:
     """The pool as rows of `width` from `layer` of its first block on: what an index names in layer 0, it names here
     in `layer`."""
     return pool.view(-1, width)[layer * (pool[0, 0].numel() // width) :]

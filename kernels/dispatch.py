@@ -22,6 +22,7 @@ TORCH: Operators[AttentionMetadata] = Operators(
     make_linear=linear.make_linear,
     make_gated_linear=linear.make_gated_linear,
     rms_norm=norm.rms_norm,
+    rms_norm_=norm.rms_norm_,
     rotate_and_write=attention.rotate_and_write,
     paged_attention=attention.paged_attention,
     draw=sampling.draw,

@@ -44,7 +44,8 @@ class DenseLinear:
 
 class PackedLinear(torch.nn.Module):
     """CPU through oneDNN with prepacked weights: reads them at up to twice the speed of `functional.linear` when
-    there are few rows, and adds bias and residual before rounding. `kernels.few_rows` for one or two."""
+    there are few rows, and adds bias and residual before rounding. `kernels.few_rows` for one or two, which may be
+    float32 whatever the weights are; the result then is too."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, roomy: bool = True) -> None:
         super().__init__()
@@ -56,9 +57,10 @@ class PackedLinear(torch.nn.Module):
         if self.few_rows is not None:  # noqa: SIM102 - TorchScript leaves out what follows None only so
             if x.shape[0] <= self.few_rows.max_rows:
                 few: Tensor = self.few_rows(x)
-                return (few if residual is None else few.add_(residual)).to(x.dtype)
+                return few.to(x.dtype) if residual is None else few.add_(residual).to(residual.dtype)
         if residual is None:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(_padded(x), self.weight, self.bias, "none", [], "")
+            wide = _padded(x.to(self.weight.dtype))
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(wide, self.weight, self.bias, "none", [], "")
         else:
             y = torch.ops.mkldnn._linear_pointwise(_padded(x), _padded(residual), self.weight, self.bias, "add")
         return y[: x.shape[0]]

@@ -53,7 +53,8 @@ class Operators(Generic[M]):
     make_linear: Callable[[Tensor, Tensor | None], Linear]
     make_gated_linear: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], GatedLinear]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    rotate_and_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, M], Tensor]
+    rms_norm_: Callable[[Tensor, Tensor, float], None]
+    rotate_and_write: Callable[[Tensor, Tensor, Tensor, Tensor, int, M], Tensor]
     paged_attention: Callable[[Tensor, Tensor, int, M, int], Tensor]
     draw: Draw
     static: StaticOperators[M] | None = None

@@ -39,11 +39,12 @@ LONGEST_SOCKET_NAME = len("/kvmesh-12345678/prefill-255.kv")
 NVIDIA_DEVICES = Path("/proc/driver/nvidia/gpus")
 MODULES = {"prefill": "prefill", "decode": "decode", "both": "decode"}
 """Which program plays a role."""
-LOAD_TIME_DEFAULTS = {
+LOAD_TIME_DEFAULTS = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+WORKER_LOAD_TIME_DEFAULTS = {
     "OMP_WAIT_POLICY": "PASSIVE",  # idle OpenMP threads sleep instead of taking a neighbour's core
-    "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for torch's tensors: weights are read up to a tenth faster
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONUNBUFFERED": "1",
+    # Huge pages for torch's tensors, and for what FBGEMM and oneDNN keep: weights are read up to a fifth faster.
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
 
@@ -170,7 +171,8 @@ def programs(launch: Launch, commands: Mapping[str, Sequence[str]]) -> list[Prog
     found.append(Program("proxy", proxy, environ))
     for worker in launch.workers:
         argv = (*commands[MODULES[worker.role]], *options.to_argv(worker, always=("role",)))
-        found.append(Program(worker.worker_id, argv, environ | {"OMP_NUM_THREADS": str(worker.threads)}))
+        numeric = {**WORKER_LOAD_TIME_DEFAULTS, **environ, "OMP_NUM_THREADS": str(worker.threads)}
+        found.append(Program(worker.worker_id, argv, numeric))
     return found
 
 

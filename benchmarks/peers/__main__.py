@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # both as `kvmesh up` sets them, for every contender
-os.environ["OMP_NUM_THREADS"] = "1"
+from mesh.launcher import WORKER_LOAD_TIME_DEFAULTS
+
+os.environ.update({**WORKER_LOAD_TIME_DEFAULTS, **os.environ, "OMP_NUM_THREADS": "1"})  # for every contender
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -6,9 +6,9 @@ them. While the same rows go on decoding, each step adds one token to what the s
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +54,7 @@ class DenseKeys:
             return take_turns(metadata, pool)
         shape = [(batch.rows, batch.pages.numel()) for batch in batches]
         goes_on = metadata.continues and self._step == metadata.number - 1 and self._shape == shape
-        offsets = [0, *np.cumsum(sizes[:-1]).tolist()]
+        offsets = list(accumulate(sizes[:-1], initial=0))
         numbers = self._num_layers * stride
         if self._space is None or self._space.numel() < numbers:  # it grows by a page per row and block
             self._space = pool.new_empty(min(numbers * 3 // 2, MAX_BYTES // pool.element_size()))

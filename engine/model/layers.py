@@ -33,6 +33,9 @@ class RmsNorm:
     def __call__(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
 
+    def in_place(self, x: Tensor) -> None:
+        self.ops.rms_norm_(x, self.weight, self.eps)
+
 
 @dataclass(frozen=True, slots=True)
 class Attention:
@@ -48,14 +51,10 @@ class Attention:
 
     def __call__(self, x: Tensor, residual: Tensor, step: Step) -> Tensor:
         config = self.config
-        rotated = config.num_heads + config.num_kv_heads
-        heads = self.qkv(x).view(len(x), -1, config.head_dim)
-        queries_keys, values = heads[:, :rotated], heads[:, rotated:]
+        qkv = self.qkv(x).view(len(x), -1, config.head_dim)
         if self.qk_norm is not None:
-            queries_keys = self.qk_norm(queries_keys)
-        queries = self.ops.rotate_and_write(
-            queries_keys, values, step.cos, step.sin, step.pool, self.layer, step.metadata
-        )
+            self.qk_norm.in_place(qkv[:, : config.num_heads + config.num_kv_heads])
+        queries = self.ops.rotate_and_write(qkv, step.cos, step.sin, step.pool, self.layer, step.metadata)
         window = config.windows[self.layer]
         mixed = self.ops.paged_attention(queries, step.pool, self.layer, step.metadata, window)
         return self.output(mixed.view(len(x), -1), residual)

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from engine.model.config import RopeConfig
 
+TABLE_POSITIONS = 8192
+"""Whose angles are kept on a CPU, 1 KiB each where heads have 128 dimensions: looked up, they cost a sixth."""
+
 
 class RotaryEmbedding:
     """`cos` and `sin` of a step's positions."""
@@ -25,16 +28,33 @@ class RotaryEmbedding:
         self.head_dim = head_dim
         self.inv_freq = inverse_frequencies(rope, head_dim).to(device)
         self.scale = attention_scale(rope)
+        self._table: Tensor | None = None
+        if device.type == "cpu":
+            self._table = self._cos_sin(torch.arange(min(TABLE_POSITIONS, rope.max_context)))
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`[tokens]` positions to cos and sin, each `[tokens, 1, head_dim]`.
 
         The first half of `sin` is negated: rotating is then `x * cos + swap_halves(x) * sin`.
         """
+        both = self._look_up(positions)
+        if both is None:
+            both = self._cos_sin(positions)
+        cos, sin = both.to(dtype)[:, :, None]
+        return cos, sin
+
+    def _look_up(self, positions: Tensor) -> Tensor | None:
+        if self._table is None:
+            return None
+        lowest, highest = positions.aminmax()
+        inside = int(lowest) >= 0 and int(highest) < self._table.shape[1]
+        return self._table.index_select(1, positions) if inside else None
+
+    def _cos_sin(self, positions: Tensor) -> Tensor:
+        """`[2, tokens, head_dim]` float32."""
         angles = positions.to(torch.float32)[:, None] * self._frequencies(positions)
         cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+        return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
 
     def _frequencies(self, positions: Tensor) -> Tensor:
         """`[head_dim / 2]`, or `[tokens, head_dim / 2]` where they depend on the position."""

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from engine.model.dense import DenseKeys, take_turns
-from engine.model.layers import DecoderLayer
-from kernels.attention import AttentionMetadata, attend_one_query, gather, keys_values, rotate, write_kv
+from engine.model.layers import DecoderLayer, RmsNorm
+from kernels.attention import AttentionMetadata, attend_one_query, gather, keys_values, rotate, rows_from
 from kernels.linear import PackedGatedLinear, PackedLinear
-from kernels.norm import rms_norm
+from kernels.norm import rms_norm_with
 
 # In the functional form, because TorchScript does not resolve annotations that are strings in a class.
 Batch = NamedTuple(  # noqa: UP014
@@ -38,6 +38,8 @@ Inputs = NamedTuple(  # noqa: UP014
     "Inputs",
     [
         ("pool", Tensor),
+        ("heads", list[Tensor]),
+        ("pages", list[Tensor]),
         ("cos", Tensor),
         ("sin", Tensor),
         ("slots", Tensor),
@@ -46,7 +48,20 @@ Inputs = NamedTuple(  # noqa: UP014
         ("space_slots", Optional[Tensor]),  # noqa: UP045
     ],
 )
-"""What every layer needs besides the hidden states and the batches: see `Step`, `AttentionMetadata`, `dense.Place`."""
+"""What every layer needs besides the hidden states and the batches: see `Step`, `AttentionMetadata`, `dense.Place`.
+`heads` and `pages` are the pool's rows from each layer on, of `head_dim` and of a page."""
+
+
+class _Weight(torch.nn.Module):
+    """A norm's, in the dtype of what is normed: a product of two would make a copy first."""
+
+    def __init__(self, norm: RmsNorm) -> None:
+        super().__init__()
+        self.own = norm.weight
+        self.float32 = norm.weight.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.float32 if x.dtype == torch.float32 else self.own
 
 
 class _Layer(torch.nn.Module):
@@ -62,22 +77,23 @@ class _Layer(torch.nn.Module):
         self.few_keys = few_keys
         self.head_dim = config.head_dim
         self.rotated = config.num_heads + config.num_kv_heads
-        self.eps = config.norm_eps
-        self.attention_norm = layer.attention_norm.weight
+        self.eps = torch.tensor(config.norm_eps)
+        self.attention_norm = _Weight(layer.attention_norm)
         self.qkv = attention.qkv
-        self.qk_norm = None if attention.qk_norm is None else attention.qk_norm.weight
+        self.qk_norm = None if attention.qk_norm is None else _Weight(attention.qk_norm)
         self.output = attention.output
-        self.feed_forward_norm = layer.feed_forward_norm.weight
+        self.feed_forward_norm = _Weight(layer.feed_forward_norm)
         self.gate_up = feed_forward.gate_up
         self.down = feed_forward.down
 
     def forward(self, x: Tensor, step: Inputs, batches: list[list[Batch]]) -> Tensor:
-        heads = self.qkv(rms_norm(x, self.attention_norm, self.eps)).view(x.shape[0], -1, self.head_dim)
-        queries_keys, values = heads[:, : self.rotated], heads[:, self.rotated :]
+        normed = rms_norm_with(x, self.attention_norm(x), self.eps)
+        qkv = self.qkv(normed).view(x.shape[0], -1, self.head_dim)
         if self.qk_norm is not None:
-            queries_keys = rms_norm(queries_keys, self.qk_norm, self.eps)
-        q, rows = rotate(queries_keys, values, step.cos, step.sin)
-        write_kv(step.pool, self.layer, rows, step.slots)
+            queries_keys = qkv[:, : self.rotated]
+            queries_keys.copy_(rms_norm_with(queries_keys, self.qk_norm(x), self.eps))
+        q, rows = rotate(qkv, step.cos, step.sin, step.pool)
+        step.heads[self.layer].index_copy_(0, step.slots, rows)
         own = step.space[self.layer * step.stride :]
         space_slots = step.space_slots  # by this name, TorchScript knows that it is not None
         if space_slots is not None:
@@ -86,12 +102,12 @@ class _Layer(torch.nn.Module):
         for b in batches[self.window]:
             gathered = own[b.offset :]
             if space_slots is None:
-                gather(step.pool, self.layer, b.pages, gathered)
+                gather(step.pages[self.layer], b.pages, gathered)
             keys, past = keys_values(gathered, b.pages, b.stop - b.start, step.pool, b.first, b.last)
             mixed.append(attend_one_query(q[b.start : b.stop], keys, past, b.mask, self.few_keys))
         whole = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         x = self.output(whole.view(x.shape[0], -1), x)
-        y: Tensor = self.down(self.gate_up(rms_norm(x, self.feed_forward_norm, self.eps)), x)
+        y: Tensor = self.down(self.gate_up(rms_norm_with(x, self.feed_forward_norm(x), self.eps)), x)
         return y
 
 
@@ -111,6 +127,9 @@ class ScriptedLayers:
 
     def __init__(self, layers: Sequence[DecoderLayer], few_keys: int) -> None:
         self._windows = sorted(set(layers[0].attention.config.windows))
+        self._pool = torch.empty(0)
+        self._heads: list[Tensor] = []
+        self._pages: list[Tensor] = []
         self.dense = DenseKeys(len(layers)) if self._windows == [0] else None
         modules = _Layers([_Layer(layer, self._windows, few_keys) for layer in layers])
         with warnings.catch_warnings():
@@ -130,9 +149,18 @@ class ScriptedLayers:
             ]
             for window in self._windows
         ]
-        step = Inputs(pool, cos, sin, metadata.slots, place.space, place.stride, place.slots)
+        self._look_at(pool)
+        slots, heads, pages = metadata.slots, self._heads, self._pages
+        step = Inputs(pool, heads, pages, cos, sin, slots, place.space, place.stride, place.slots)
         y: Tensor = self._compiled(x, step, batches)
         return y
+
+    def _look_at(self, pool: Tensor) -> None:
+        if pool is not self._pool:
+            dim, layers = pool.shape[5], range(pool.shape[1])
+            self._pool = pool
+            self._heads = [rows_from(pool, layer, dim) for layer in layers]
+            self._pages = [rows_from(pool, layer, pool.shape[4] * dim) for layer in layers]
 
 
 def script(layers: Sequence[DecoderLayer], few_keys: int) -> ScriptedLayers | None:

@@ -14,9 +14,10 @@ from engine.model.layers import Attention, DecoderLayer, FeedForward, RmsNorm, S
 from engine.model.rope import RotaryEmbedding
 from engine.model.scripted import script
 from engine.model.weights import Checkpoint
+from kernels import few_rows
 from kernels.attention import AttentionMetadata
 from kernels.dispatch import operators
-from kernels.linear import Linear
+from kernels.linear import Linear, PackedGatedLinear, PackedLinear
 from kernels.operators import Metadata, Operators
 from kernels.products import few_keys
 
@@ -44,11 +45,15 @@ class Decoder:
         self.head = build.head(self.embedding)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, device)
         self.scripted = script(self.layers, few_keys(device, dtype))
+        self.float32_rows = few_rows.MAX_ROWS if all(map(_takes_float32, self.layers)) else 0
+        """Steps of up to so many tokens are float32 between products, which are so too: rounding is what would cost."""
 
     def forward(self, tokens: Tensor, pool: Tensor, metadata: Metadata) -> Tensor:
         """`[tokens]` int64 to hidden states `[tokens, hidden]`, before the last norm."""
-        cos, sin = self.rotary(metadata.positions, self.dtype)
         x = functional.embedding(tokens, self.embedding)
+        if len(tokens) <= self.float32_rows:
+            x = x.float()
+        cos, sin = self.rotary(metadata.positions, x.dtype)
         if self.scripted is not None and isinstance(metadata, AttentionMetadata) and self.scripted.takes(metadata):
             return self.scripted(x, pool, cos, sin, metadata)
         step = Step(pool, metadata, cos, sin)
@@ -59,6 +64,12 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """`[n, hidden]` from `forward` to `[n, vocab]` float32."""
         return self.head(self.norm(hidden)).to(torch.float32)
+
+
+def _takes_float32(layer: DecoderLayer) -> bool:
+    attention, feed_forward = layer.attention, layer.feed_forward
+    linears = (attention.qkv, attention.output, feed_forward.gate_up, feed_forward.down)
+    return all(isinstance(one, PackedLinear | PackedGatedLinear) and one.few_rows is not None for one in linears)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ def _rms_norm(
     total,
     out,
     x_stride,
+    out_stride,
     eps,
     HEADS: tl.constexpr,
     PADDED_HEADS: tl.constexpr,
@@ -37,7 +38,7 @@ def _rms_norm(
         tl.store(total + packed, values.to(total.dtype.element_ty), mask=mask)
     inverse = tl.rsqrt(tl.sum(values * values, 1) / DIM + eps)
     scale = tl.load(weight + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + packed, (values * inverse[:, None] * scale).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + token * out_stride + place, (values * inverse[:, None] * scale).to(out.dtype.element_ty), mask=mask)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,6 +46,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, x, weight, out, out, eps, adds=False)
     return out
+
+
+def rms_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
+    """`rms_norm` in place."""
+    _launch(x, x, weight, x, x, eps, adds=False)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -65,6 +71,7 @@ def _launch(x: Tensor, residual: Tensor, weight: Tensor, total: Tensor, out: Ten
         total,
         out,
         x.stride(0),
+        out.stride(0),
         eps,
         HEADS=heads,
         PADDED_HEADS=padded_heads,

@@ -9,7 +9,7 @@ from kernels.operators import Operators, StaticOperators
 from kernels.triton.activation import silu_and_mul
 from kernels.triton.attention import paged_attention
 from kernels.triton.metadata import PagedMetadata, metadata_builder, static_metadata_builder
-from kernels.triton.norm import rms_norm
+from kernels.triton.norm import rms_norm, rms_norm_
 from kernels.triton.rotary import rotate_and_write
 from kernels.triton.sampling import draw, draw_packed, pack_draws
 
@@ -24,6 +24,7 @@ TRITON: Operators[PagedMetadata] = Operators(
     make_linear=make_linear,
     make_gated_linear=make_gated_linear,
     rms_norm=rms_norm,
+    rms_norm_=rms_norm_,
     rotate_and_write=rotate_and_write,
     paged_attention=paged_attention,
     draw=draw,

@@ -26,15 +26,13 @@ def _halves(start, cos, sin, half, mask, HALF: tl.constexpr):
 
 @triton.jit(do_not_specialize=["layer"])
 def _rotate_and_write(
-    queries_keys,
-    values,
+    qkv,
     cos,
     sin,
     slots,
     queries,
     pool,
-    qk_stride,
-    v_stride,
+    qkv_stride,
     layer,
     BLOCK_STRIDE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -54,7 +52,7 @@ def _rotate_and_write(
     member = tl.arange(0, PADDED_GROUP)
     head = kv_head * GROUP + member
     mask = (member < GROUP)[:, None] & inside[None, :]
-    source = queries_keys + token * qk_stride
+    source = qkv + token * qkv_stride
     lower, upper = _halves(source + head[:, None] * DIM, cosine[None, :], sine[None, :], half[None, :], mask, HALF)
     target = queries + (token * (KV_HEADS * GROUP) + head[:, None]) * DIM + half[None, :]
     tl.store(target, lower.to(queries.dtype.element_ty), mask=mask)
@@ -72,35 +70,27 @@ def _rotate_and_write(
     tl.store(page + half + HALF, _finite(upper.to(pool.dtype.element_ty)), mask=inside)
 
     lane = tl.arange(0, PADDED_DIM)
-    value = tl.load(values + token * v_stride + kv_head * DIM + lane, mask=lane < DIM, other=0.0)
+    source += KV_HEADS * DIM
+    value = tl.load(source + lane, mask=lane < DIM, other=0.0)
     page += KV_HEADS * BLOCK_TOKENS * DIM
     tl.store(page + lane, _finite(value.to(pool.dtype.element_ty)), mask=lane < DIM)
 
 
 def rotate_and_write(
-    queries_keys: Tensor,
-    values: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    pool: Tensor,
-    layer: int,
-    metadata: PagedMetadata,
+    qkv: Tensor, cos: Tensor, sin: Tensor, pool: Tensor, layer: int, metadata: PagedMetadata
 ) -> Tensor:
-    """See `kernels.attention.rotate_and_write`; `queries_keys` and `values` may be parts of one projection's output."""
+    """See `kernels.attention.rotate_and_write`; `qkv` stays as it is."""
     _, layers, _, kv_heads, block_tokens, dim = pool.shape
-    tokens, rotated, _ = queries_keys.shape
-    heads = rotated - kv_heads
-    queries = torch.empty((tokens, heads, dim), dtype=queries_keys.dtype, device=pool.device)
+    tokens, heads = qkv.shape[0], qkv.shape[1] - 2 * kv_heads
+    queries = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=pool.device)
     _rotate_and_write[(tokens, kv_heads)](
-        queries_keys,
-        values,
+        qkv,
         cos,
         sin,
         metadata.slots,
         queries,
         pool,
-        queries_keys.stride(0),
-        values.stride(0),
+        qkv.stride(0),
         layer,
         BLOCK_STRIDE=layers * 2 * kv_heads * block_tokens * dim,
         BLOCK_TOKENS=block_tokens,

@@ -47,6 +47,7 @@ class Case:
         self.workspace = Workspace(dtype, CPU)
         self.random = torch.Generator().manual_seed(3)
 
+    @torch.inference_mode()
     def metadata(self, queries: list[int], workspace: Workspace | None = None) -> AttentionMetadata:
         windows = set(self.config.windows)
         return build_metadata(queries, self.lengths, self.tables, self.pool, windows, workspace or self.workspace)

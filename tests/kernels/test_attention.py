@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels import products, ragged
-from kernels.attention import AttentionMetadata, Workspace, paged_attention, storable, write_kv
+from kernels.attention import AttentionMetadata, PaddedBatch, Workspace, paged_attention, storable, write_kv
 
 LAYERS, BLOCK_TOKENS, DIM = 2, 4, 8
 MIXED = ((1, 1), (1, 9), (1, 30), (3, 3), (4, 17), (7, 7), (20, 33), (1, 14))
@@ -182,3 +182,25 @@ def test_whole_products_in_bfloat16_are_as_exact_as_torchs_attention(
         errors.append(float((half.run(window).double() - exact).norm() / exact.norm()))
     assert errors[0] != errors[1]
     assert errors[1] < 2 * errors[0]
+
+
+@pytest.mark.parametrize("lengths", [(7,), (3, 4, 30), (1, 9, 17, 25)])
+def test_metadata_of_rows_that_go_on_are_those_of_a_step_built_anew(lengths: tuple[int, ...]) -> None:
+    tables = [list(range(row * 16, row * 16 + 13)) for row in range(len(lengths))]
+    pool = torch.zeros(64, LAYERS, 2, 2, BLOCK_TOKENS, DIM)
+    workspace, ones = Workspace(pool.dtype, pool.device), [1] * len(lengths)
+    pages = None
+    for step in range(20):
+        totals = [length + step for length in lengths]
+        got = ragged.build_metadata(ones, totals, tables, pool, (0,), workspace)
+        anew = ragged.build_metadata(ones, totals, tables, pool, (0,), Workspace(pool.dtype, pool.device))
+        assert torch.equal(got.positions, anew.positions)
+        assert torch.equal(got.slots, anew.slots)
+        assert (got.number, got.continues) == (step + 1, step > 0)
+        for one, other in zip(got.batches[0], anew.batches[0], strict=True):
+            for field in fields(PaddedBatch):
+                a, b = getattr(one, field.name), getattr(other, field.name)
+                assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        crosses = any((total - 1) % BLOCK_TOKENS == 0 for total in totals)
+        assert (got.batches[0][0].pages is pages) == (step > 0 and not crosses)
+        pages = got.batches[0][0].pages

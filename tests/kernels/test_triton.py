@@ -9,7 +9,6 @@ from torch import Tensor
 from kernels import attention, blocks, ragged
 from kernels.activation import silu_and_mul
 from kernels.norm import rms_norm
-from kernels.rotary import apply_rotary
 from kernels.triton import activation as triton_activation
 from kernels.triton import blocks as triton_blocks
 from kernels.triton import norm as triton_norm
@@ -72,8 +71,8 @@ def test_a_step_in_place_equals_one_built_anew_and_writes_nothing_for_nobody() -
     anew = metadata_builder(pool, 4, (0, 7))([1, 1], [17, 300], [tables[row] for row in there])
     cos, sin = torch.ones(3, 1, 8, device=DEVICE), torch.zeros(3, 1, 8, device=DEVICE)
     wanted_pool = pool.clone()
-    triton_rotary.rotate_and_write(heads[there, :6], heads[there, 6:], cos, sin, wanted_pool, 1, anew)
-    queries = triton_rotary.rotate_and_write(heads[:, :6], heads[:, 6:], cos, sin, pool, 1, in_place)
+    triton_rotary.rotate_and_write(heads[there], cos, sin, wanted_pool, 1, anew)
+    queries = triton_rotary.rotate_and_write(heads, cos, sin, pool, 1, in_place)
     assert torch.equal(pool, wanted_pool)
     for window in (0, 7):
         wanted = paged_attention(queries[there], pool, 1, anew, window)
@@ -92,12 +91,10 @@ def test_rotary_and_write_equal_torch_and_store_nothing_that_is_not_finite() -> 
     sin[..., :4] = -sin[..., 4:]
     queries, totals = [n for n, _ in rows], [kv for _, kv in rows]
     theirs = ragged.build_metadata(queries, totals, pages, pool, (0,), attention.Workspace(pool.dtype, DEVICE))
-    rotated = apply_rotary(heads[:, :8], cos, sin)
-    kv = attention.storable(torch.cat((rotated[:, 6:], heads[:, 8:]), 1))
-    attention.write_kv(wanted_pool, 1, kv, theirs.slots)
+    wanted = attention.rotate_and_write(heads.clone(), cos, sin, wanted_pool, 1, theirs)
     ours = metadata_builder(pool, 6, (0,))(queries, totals, pages)
-    got = triton_rotary.rotate_and_write(heads[:, :8], heads[:, 8:], cos, sin, pool, 1, ours)
-    torch.testing.assert_close(got, rotated[:, :6])
+    got = triton_rotary.rotate_and_write(heads, cos, sin, pool, 1, ours)
+    torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(pool, wanted_pool)
 
 
@@ -105,7 +102,10 @@ def test_norms_and_activation_equal_torch() -> None:
     x, residual, weight = random(3, 24), random(5, 24)[2:], random(24)
     torch.testing.assert_close(triton_norm.rms_norm(x, weight, 1e-3), rms_norm(x, weight, 1e-3))
     heads, per_head = random(3, 7, 8)[:, :5], random(5, 8)
-    torch.testing.assert_close(triton_norm.rms_norm(heads, per_head, 1e-3), rms_norm(heads, per_head, 1e-3))
+    wanted = rms_norm(heads, per_head, 1e-3)
+    torch.testing.assert_close(triton_norm.rms_norm(heads, per_head, 1e-3), wanted)
+    triton_norm.rms_norm_(heads, per_head, 1e-3)
+    torch.testing.assert_close(heads, wanted)
     total, normed = triton_norm.add_rms_norm(x, residual, weight, 1e-3)
     torch.testing.assert_close(total, x + residual)
     torch.testing.assert_close(normed, rms_norm(x + residual, weight, 1e-3))

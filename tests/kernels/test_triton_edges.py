@@ -80,7 +80,7 @@ def test_pages_behind_the_first_two_billion_elements() -> None:
     step = metadata_builder(pool, 1, (0,))([BLOCK], [BLOCK], [[far]])
     cos, sin = torch.ones(BLOCK, 1, DIM, device=DEVICE), torch.zeros(BLOCK, 1, DIM, device=DEVICE)
     heads = random(BLOCK, 3, DIM).half()
-    queries = rotary.rotate_and_write(heads[:, :2], heads[:, 2:], cos, sin, pool, 0, step)
+    queries = rotary.rotate_and_write(heads, cos, sin, pool, 0, step)
     torch.testing.assert_close(pool[far, 0, :, 0], torch.stack((heads[:, 1], heads[:, 2])))
     near = pool[far : far + 1].float()
     wanted = attention.paged_attention(

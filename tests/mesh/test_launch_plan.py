@@ -71,12 +71,22 @@ def test_a_members_command_line_is_its_settings() -> None:
     assert both.environ["OMP_NUM_THREADS"] == str(workers[1].threads)
 
 
+def test_what_workers_read_when_they_load_can_be_overruled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    launch = launcher.Launch(
+        ProxySettings(model="m", port=9), planned(UpSettings(prefill=1, decode=1)), Store("memory", "memory")
+    )
+    proxy, worker, *_ = launcher.programs(launch, launcher.modules("proxy", "prefill", "decode"))
+    assert worker.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert worker.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    assert "GLIBC_TUNABLES" not in proxy.environ
+
+
 def test_a_childs_environment() -> None:
-    environ = launcher.child_environment({"KVMESH_PORT": "1", "PYTHONPATH": "/x", "OMP_WAIT_POLICY": "ACTIVE"})
+    environ = launcher.child_environment({"KVMESH_PORT": "1", "PYTHONPATH": "/x"})
     assert "KVMESH_PORT" not in environ
     assert environ["PYTHONPATH"] == f"{launcher.ROOT}{os.pathsep}/x"
-    assert environ["OMP_WAIT_POLICY"] == "ACTIVE"
-    assert launcher.child_environment({})["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_port_zero_is_a_free_port() -> None:
