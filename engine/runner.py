@@ -24,6 +24,7 @@ from engine.sampler import prompt_logprobs, sample
 from engine.step import Row, Sampled
 from kernels.blocks import allocate_pool, read_block, write_block
 from kernels.conversion import numbers_of, write_part
+from kernels.pages_ahead import PagesAhead
 from kernels.upload import upload
 from mesh.errors import EXIT_ENVIRONMENT, EXIT_MEMORY, EXIT_USAGE, StartupError
 from mesh.layout import KvLayout
@@ -63,6 +64,7 @@ class ModelRunner:
         self._on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with torch.inference_mode():
             self._pool = _allocate_pool(layout, num_blocks, device)
+            self._ahead = PagesAhead(self._pool) if device.type == "cpu" else None
             windows = sorted(set(config.windows))
             self._build_metadata = model.ops.metadata_builder(self._pool, config.num_heads, windows)
             self._decoding: Decoding | None = None
@@ -122,14 +124,19 @@ class ModelRunner:
         """All rows in one pass."""
         if not rows:
             return []
+        if self._ahead is not None:
+            self._ahead.reach(max([row.request.block_table[-1] for row in rows]))
         hidden, starts = self._forward(rows)
-        prompt = [self._prompt_logprobs(row, hidden, start) for row, start in zip(rows, starts, strict=True)]
+        prompt: list[tuple[TokenLogprob, ...]] = [()] * len(rows)
+        if any(row.request.params.prompt_logprobs is not None for row in rows):
+            prompt = [self._prompt_logprobs(row, hidden, start) for row, start in zip(rows, starts, strict=True)]
         sampling = [i for i, row in enumerate(rows) if row.samples]
         results = [Sampled(None, None, entries) for entries in prompt]
         if sampling:
             last = [starts[i] + rows[i].num_tokens - 1 for i in sampling]
-            logits = self._model.logits(hidden.index_select(0, self._ints(last)))
-            drawn = sample(logits, [rows[i].request for i in sampling], self._model.ops.draw)
+            if last != list(range(len(hidden))):
+                hidden = hidden.index_select(0, self._ints(last))
+            drawn = sample(self._model.logits(hidden), [rows[i].request for i in sampling], self._model.ops.draw)
             for i, one in zip(sampling, drawn, strict=True):
                 results[i] = Sampled(one.token, one.logprob, prompt[i], one.failure)
         return results
@@ -142,6 +149,8 @@ class ModelRunner:
     @torch.inference_mode()
     def write_block(self, block: int, payload: bytes | memoryview) -> None:
         """Overwrites the page; `len(payload) == layout.block_bytes`."""
+        if self._ahead is not None:
+            self._ahead.reach(block)
         write_block(self._pool, block, payload)
 
     @torch.inference_mode()
@@ -149,6 +158,8 @@ class ModelRunner:
         """Writes parts of one block of a worker whose layout is `theirs`, each into its page, converted."""
         numbers = numbers_of(payload, theirs.shape, getattr(torch, theirs.dtype), self._device)
         for block, piece in parts:
+            if self._ahead is not None:
+                self._ahead.reach(block)
             write_part(self._pool, block, piece.target, numbers, piece.source)
 
     def _forward(self, rows: Sequence[Row]) -> tuple[Tensor, list[int]]:

@@ -52,16 +52,17 @@ Inputs = NamedTuple(  # noqa: UP014
 `heads` and `pages` are the pool's rows from each layer on, of `head_dim` and of a page."""
 
 
-class _Weight(torch.nn.Module):
-    """A norm's, in the dtype of what is normed: a product of two would make a copy first."""
+class _Norm(torch.nn.Module):
+    """One `RmsNorm`, with its weight in the dtype of what it norms: a product of two dtypes makes a copy first."""
 
     def __init__(self, norm: RmsNorm) -> None:
         super().__init__()
-        self.own = norm.weight
+        self.weight = norm.weight
         self.float32 = norm.weight.float()
+        self.eps = torch.tensor(norm.eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.float32 if x.dtype == torch.float32 else self.own
+        return rms_norm_with(x, self.float32 if x.dtype == torch.float32 else self.weight, self.eps)
 
 
 class _Layer(torch.nn.Module):
@@ -77,21 +78,19 @@ class _Layer(torch.nn.Module):
         self.few_keys = few_keys
         self.head_dim = config.head_dim
         self.rotated = config.num_heads + config.num_kv_heads
-        self.eps = torch.tensor(config.norm_eps)
-        self.attention_norm = _Weight(layer.attention_norm)
+        self.attention_norm = _Norm(layer.attention_norm)
         self.qkv = attention.qkv
-        self.qk_norm = None if attention.qk_norm is None else _Weight(attention.qk_norm)
+        self.qk_norm = None if attention.qk_norm is None else _Norm(attention.qk_norm)
         self.output = attention.output
-        self.feed_forward_norm = _Weight(layer.feed_forward_norm)
+        self.feed_forward_norm = _Norm(layer.feed_forward_norm)
         self.gate_up = feed_forward.gate_up
         self.down = feed_forward.down
 
     def forward(self, x: Tensor, step: Inputs, batches: list[list[Batch]]) -> Tensor:
-        normed = rms_norm_with(x, self.attention_norm(x), self.eps)
-        qkv = self.qkv(normed).view(x.shape[0], -1, self.head_dim)
+        qkv = self.qkv(self.attention_norm(x)).view(x.shape[0], -1, self.head_dim)
         if self.qk_norm is not None:
             queries_keys = qkv[:, : self.rotated]
-            queries_keys.copy_(rms_norm_with(queries_keys, self.qk_norm(x), self.eps))
+            queries_keys.copy_(self.qk_norm(queries_keys))
         q, rows = rotate(qkv, step.cos, step.sin, step.pool)
         step.heads[self.layer].index_copy_(0, step.slots, rows)
         own = step.space[self.layer * step.stride :]
@@ -107,31 +106,33 @@ class _Layer(torch.nn.Module):
             mixed.append(attend_one_query(q[b.start : b.stop], keys, past, b.mask, self.few_keys))
         whole = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         x = self.output(whole.view(x.shape[0], -1), x)
-        y: Tensor = self.down(self.gate_up(rms_norm_with(x, self.feed_forward_norm(x), self.eps)), x)
+        y: Tensor = self.down(self.gate_up(self.feed_forward_norm(x)), x)
         return y
 
 
 class _Layers(torch.nn.Module):
-    def __init__(self, layers: Sequence[_Layer]) -> None:
+    def __init__(self, layers: Sequence[_Layer], norm: RmsNorm) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList(layers)
+        self.norm = _Norm(norm)
 
     def forward(self, x: Tensor, step: Inputs, batches: list[list[Batch]]) -> Tensor:
         for layer in self.layers:
             x = layer(x, step, batches)
-        return x
+        y: Tensor = self.norm(x)
+        return y
 
 
 class ScriptedLayers:
-    """All decoder layers, for steps with one token per row."""
+    """All decoder layers and the norm after them, for steps with one token per row."""
 
-    def __init__(self, layers: Sequence[DecoderLayer], few_keys: int) -> None:
+    def __init__(self, layers: Sequence[DecoderLayer], norm: RmsNorm, few_keys: int) -> None:
         self._windows = sorted(set(layers[0].attention.config.windows))
         self._pool = torch.empty(0)
         self._heads: list[Tensor] = []
         self._pages: list[Tensor] = []
         self.dense = DenseKeys(len(layers)) if self._windows == [0] else None
-        modules = _Layers([_Layer(layer, self._windows, few_keys) for layer in layers])
+        modules = _Layers([_Layer(layer, self._windows, few_keys) for layer in layers], norm)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # what is to follow it needs a C++ compiler on the host
             self._compiled: Any = torch.jit.script(modules.eval())
@@ -140,7 +141,7 @@ class ScriptedLayers:
         return all(batch.queries == 1 for batch in metadata.batches[self._windows[0]])
 
     def __call__(self, x: Tensor, pool: Tensor, cos: Tensor, sin: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """Hidden states `[rows, hidden]` before the layers to those after them; see `engine.model.layers`."""
+        """Hidden states `[rows, hidden]` before the layers to those after the norm; see `engine.model.layers`."""
         place = take_turns(metadata, pool) if self.dense is None else self.dense.place(metadata, pool)
         batches = [
             [
@@ -163,7 +164,7 @@ class ScriptedLayers:
             self._pages = [rows_from(pool, layer, pool.shape[4] * dim) for layer in layers]
 
 
-def script(layers: Sequence[DecoderLayer], few_keys: int) -> ScriptedLayers | None:
+def script(layers: Sequence[DecoderLayer], norm: RmsNorm, few_keys: int) -> ScriptedLayers | None:
     """None where the layers' products are not those of oneDNN."""
     for layer in layers:
         linears = (layer.attention.qkv, layer.attention.output, layer.feed_forward.down)
@@ -171,4 +172,4 @@ def script(layers: Sequence[DecoderLayer], few_keys: int) -> ScriptedLayers | No
             return None
         if not isinstance(layer.feed_forward.gate_up, PackedGatedLinear):
             return None
-    return ScriptedLayers(layers, few_keys)
+    return ScriptedLayers(layers, norm, few_keys)

@@ -44,12 +44,12 @@ class Decoder:
         self.norm = build.norm("model.norm.weight")
         self.head = build.head(self.embedding)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, device)
-        self.scripted = script(self.layers, few_keys(device, dtype))
+        self.scripted = script(self.layers, self.norm, few_keys(device, dtype))
         self.float32_rows = few_rows.MAX_ROWS if all(map(_takes_float32, self.layers)) else 0
         """Steps of up to so many tokens are float32 between products, which are so too: rounding is what would cost."""
 
     def forward(self, tokens: Tensor, pool: Tensor, metadata: Metadata) -> Tensor:
-        """`[tokens]` int64 to hidden states `[tokens, hidden]`, before the last norm."""
+        """`[tokens]` int64 to hidden states `[tokens, hidden]`, after the last norm."""
         x = functional.embedding(tokens, self.embedding)
         if len(tokens) <= self.float32_rows:
             x = x.float()
@@ -59,11 +59,11 @@ class Decoder:
         step = Step(pool, metadata, cos, sin)
         for layer in self.layers:
             x = layer(x, step)
-        return x
+        return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[n, hidden]` from `forward` to `[n, vocab]` float32."""
-        return self.head(self.norm(hidden)).to(torch.float32)
+        return self.head(hidden).to(torch.float32)
 
 
 def _takes_float32(layer: DecoderLayer) -> bool:
