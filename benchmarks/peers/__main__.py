@@ -3,9 +3,10 @@
     python -m benchmarks.peers [--dtype bfloat16] [--rounds 2] [--only ours,hf_continuous] [--vllm PYTHON]
 
 The model is a random 125 M Llama (hidden 768, 12 layers, 12/4 heads, vocabulary 32,000), one thread. First come the
-limits of the machine, then the outputs are checked, then it is timed: every round each contender once, each figure the
-median of the steps that had a core to themselves. A ratio is taken within a round; where the rounds' ratios differ by
-more than a tenth there is none. `make bench-peers` installs vLLM's CPU build into an environment of its own.
+limits of the machine, then the outputs are checked, then it is timed: in every round the contenders take turns, and a
+figure is the median of the steps that had a core to themselves. A ratio is taken within a round; where the rounds'
+ratios differ by more than a tenth there is none. `make bench-peers` installs vLLM's CPU build into an environment of
+its own.
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ class Case:
 
 
 CASES = (
-    Case("prefill 1 x 512", True, 1, 512, 2, 4),
-    Case("prefill 16 x 128", True, 16, 128, 2, 3),
-    Case("decode B=1", False, 1, 128, 24, 2),
-    Case("decode B=16", False, 16, 128, 24, 2),
+    Case("prefill 1 x 512", True, 1, 512, 2, 9),
+    Case("prefill 16 x 128", True, 16, 128, 2, 4),
+    Case("decode B=1", False, 1, 128, 24, 6),
+    Case("decode B=16", False, 16, 128, 24, 3),
 )
 
 
@@ -241,10 +242,11 @@ def run(model: Path, arguments: argparse.Namespace) -> None:
         for contender in contenders:
             contender.measure(case, 99, Samples())  # warm-up
         for round_ in range(arguments.rounds):
-            for contender in contenders:
-                samples = Samples()
-                for repeat in range(case.repeats):
+            found_here = [Samples() for _ in contenders]
+            for repeat in range(case.repeats):
+                for contender, samples in zip(contenders, found_here, strict=True):
                     contender.measure(case, 1000 * round_ + repeat, samples)
+            for contender, samples in zip(contenders, found_here, strict=True):
                 if samples.seconds:
                     key = (contender.name, case.name)
                     rates.setdefault(key, []).append(case.tokens / samples.median)
