@@ -9,39 +9,45 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kernels import products
+from kernels.products import Limits
 from kernels.rotary import apply_rotary_
 
-
-@dataclass(frozen=True, slots=True)
-class PaddedBatch:
-    """Consecutive tokens of a step whose attention is one call; `kernels.ragged` builds them."""
-
-    start: int
-    stop: int
-    """The step's tokens `[start, stop)`."""
-    rows: int
-    queries: int
-    """Per row, padding included."""
-    keys: slice
-    """Which of the gathered keys are used: all of several rows', exactly the visible ones of a single row."""
-    pages: Tensor
-    """`[2 * rows * kv_heads * blocks]` int64: rows of the pool seen as `[-1, block_tokens * head_dim]`, for layer 0."""
-    lead: int
-    """Keys that stand before the first query's own, in the row that has the most: the query after it sees one more."""
-    causal: bool
-    """A query sees all keys up to its own: there is no window."""
-    mask: Tensor | None
-    """Added to the scores: `[rows, 1, queries, keys]`, `[queries, keys]` for a single row, None for a single query."""
-    spread: Tensor | None
-    """`[rows * queries]` int64: which of the batch's tokens stands there; None when nothing is padded."""
-    collect: Tensor | None
-    """`[stop - start]` int64: the inverse of `spread`."""
+# In the functional form, because TorchScript does not resolve annotations that are strings in a class.
+PaddedBatch = NamedTuple(  # noqa: UP014
+    "PaddedBatch",
+    [
+        ("start", int),
+        # The step's tokens `[start, stop)`.
+        ("stop", int),
+        ("rows", int),
+        # Per row, padding included.
+        ("queries", int),
+        # Which of the gathered keys are used, `[first_key, stop_key)`: all of several rows', exactly the visible ones
+        # of a single row.
+        ("first_key", int),
+        ("stop_key", int),
+        # `[2 * rows * kv_heads * blocks]` int64: rows of the pool seen as `[-1, block_tokens * head_dim]`, for layer 0.
+        ("pages", Tensor),
+        # Keys that stand before the first query's own, in the row that has the most: the query after it sees one more.
+        ("lead", int),
+        # A query sees all keys up to its own: there is no window.
+        ("causal", bool),
+        # Added to the scores: `[rows, 1, queries, keys]`, `[queries, keys]` for a single row, None for a single query.
+        ("mask", Optional[Tensor]),  # noqa: UP045
+        # `[rows * queries]` int64: which of the batch's tokens stands there; None when nothing is padded.
+        ("spread", Optional[Tensor]),  # noqa: UP045
+        # `[stop - start]` int64: the inverse of `spread`.
+        ("collect", Optional[Tensor]),  # noqa: UP045
+    ],
+)
+"""Consecutive tokens of a step whose attention is one call; `kernels.ragged` builds them."""
 
 
 class Workspace:
@@ -54,7 +60,7 @@ class Workspace:
         """Tokens in all and pages of the last step's rows."""
         self.last: AttentionMetadata | None = None
         """Of the last step, where it had one token per row."""
-        self.few_keys = products.few_keys(device, dtype)
+        self.limits = products.limits(device, dtype)
         self._masks: dict[int, Tensor] = {}
 
     def follow(self, totals: Sequence[int], tables: Sequence[Sequence[int]]) -> tuple[int, bool]:
@@ -158,39 +164,47 @@ def paged_attention(q: Tensor, pool: Tensor, layer: int, metadata: AttentionMeta
 
 
 def _attend(q: Tensor, pool: Tensor, layer: int, batch: PaddedBatch, workspace: Workspace) -> Tensor:
-    """One padded batch: `q` `[its tokens, heads, head_dim]` to the same shape."""
-    heads, dim = q.shape[1:]
-    width = pool.shape[4] * dim
+    width = pool.shape[4] * pool.shape[5]
     gathered = workspace.space(batch.pages.numel() * width)
     gather(rows_from(pool, layer, width), batch.pages, gathered)
-    keys, values = keys_values(gathered, batch.pages, batch.rows, pool, batch.keys.start, batch.keys.stop)
+    return attend(q, gathered, pool, batch, workspace.limits)
+
+
+def attend(q: Tensor, space: Tensor, pool: Tensor, batch: PaddedBatch, limits: Limits) -> Tensor:
+    """One padded batch, over what `gather` has put into `space`: `q` `[its tokens, heads, head_dim]` to the same
+    shape."""
+    heads, dim = q.shape[1], q.shape[2]
+    keys, values = keys_values(space, batch, pool)
     if batch.queries == 1:
-        return attend_one_query(q, keys, values, batch.mask, workspace.few_keys)
-    if batch.spread is not None:
-        q = q.index_select(0, batch.spread)
-    out = _many_queries(q.view(batch.rows, batch.queries, heads, dim), keys, values, batch).reshape(-1, heads, dim)
-    return out if batch.collect is None else out.index_select(0, batch.collect)
+        return attend_one_query(q, keys, values, batch.mask, limits.decode_keys)
+    spread, collect = batch.spread, batch.collect  # by these names, TorchScript knows that they are not None
+    if spread is not None:
+        q = q.index_select(0, spread)
+    rows = q.view(batch.rows, batch.queries, heads, dim)
+    out = _many_queries(rows, keys, values, batch, limits).reshape(-1, heads, dim)
+    return out if collect is None else out.index_select(0, collect)
 
 
-def attend_one_query(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, few_keys: int) -> Tensor:
+def attend_one_query(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, decode_keys: int) -> Tensor:
     """A padded batch with one query per row: `q` `[rows, heads, head_dim]` over keys and values `[rows, kv_heads, keys,
-    head_dim]`, to `q`'s shape. `few_keys`: see `products.few_keys`."""
+    head_dim]`, to `q`'s shape. `decode_keys`: see `products.Limits`."""
     rows, kv_heads, num_keys = keys.shape[0], keys.shape[1], keys.shape[2]
     # The query heads of one key-value head become the rows of one product: the keys are read once for all.
     packed = q.reshape(rows, kv_heads, -1, q.shape[2])
-    if rows * kv_heads * num_keys >= few_keys:
+    if rows * kv_heads * num_keys >= decode_keys:
         out = products.decode_attention(packed, keys, values, mask)
     else:
         out = functional.scaled_dot_product_attention(packed, keys, values, attn_mask=mask)
     return out.reshape(q.shape)
 
 
-def _many_queries(q: Tensor, keys: Tensor, values: Tensor, batch: PaddedBatch) -> Tensor:
-    if batch.mask is not None and products.fits_prompt(q, keys):
-        return products.prompt_attention(q, keys, values, batch.mask, batch.lead, batch.causal)
+def _many_queries(q: Tensor, keys: Tensor, values: Tensor, batch: PaddedBatch, limits: Limits) -> Tensor:
+    mask = batch.mask
+    if mask is not None and products.fits_prompt(q, keys, limits):
+        return products.prompt_attention(q, keys, values, mask, batch.lead, batch.causal, limits)
     grouped = q.shape[2] != keys.shape[1]
     return functional.scaled_dot_product_attention(
-        q.transpose(1, 2), keys, values, attn_mask=batch.mask, enable_gqa=grouped
+        q.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=grouped
     ).transpose(1, 2)
 
 
@@ -200,10 +214,12 @@ def gather(rows: Tensor, pages: Tensor, space: Tensor) -> None:
     torch.index_select(rows, 0, pages, out=space[: pages.numel() * width].view(-1, width))
 
 
-def keys_values(space: Tensor, pages: Tensor, rows: int, pool: Tensor, first: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Of what `gather` has put there, keys and values `[first, stop)`: each `[rows, kv_heads, keys, head_dim]`."""
+def keys_values(space: Tensor, batch: PaddedBatch, pool: Tensor) -> tuple[Tensor, Tensor]:
+    """Of what `gather` has put there, the keys and values that the batch uses: each `[rows, kv_heads, keys,
+    head_dim]`."""
     kv_heads, block_tokens, dim = pool.shape[3], pool.shape[4], pool.shape[5]
-    both = space[: pages.numel() * block_tokens * dim].view(2, rows, kv_heads, -1, dim)[:, :, :, first:stop]
+    both = space[: batch.pages.numel() * block_tokens * dim].view(2, batch.rows, kv_heads, -1, dim)
+    both = both[:, :, :, batch.first_key : batch.stop_key]
     return both[0], both[1]
 
 

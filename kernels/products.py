@@ -8,6 +8,8 @@ function has its way around.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -25,20 +27,36 @@ MIN_QUERIES, MAX_QUERIES = 16, 64
 """Of a row, whose scores are alive at a time: with fewer, products are slow; with more, the masked half costs more."""
 
 
-def few_keys(device: torch.device, dtype: torch.dtype) -> int:
-    """Of all rows and key-value heads, from which on `decode_attention` is the faster way to decode; more than there
-    can be where it never is."""
-    return FEW_KEYS if dtype == torch.bfloat16 and can_pack(device, dtype) else 1 << 62
+# In the functional form, because TorchScript does not resolve annotations that are strings in a class.
+Limits = NamedTuple(  # noqa: UP014
+    "Limits",
+    [
+        ("decode_keys", int),
+        ("prompt_keys", int),
+        ("prompt_scores", int),
+        ("score_bytes", int),
+        ("min_queries", int),
+        ("max_queries", int),
+    ],
+)
+"""When products are the faster way, as TorchScript can read it: to decode from `decode_keys` on, of all rows and
+key-value heads; for a prompt up to `prompt_keys` per row and from `prompt_scores` on. The others are the constants
+above."""
 
 
-def fits_prompt(q: Tensor, keys: Tensor) -> bool:
+def limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """Those of a device and dtype; where products never are the faster way, nothing is within them."""
+    fits = dtype == torch.bfloat16 and can_pack(device, dtype)
+    decode_keys, prompt_keys = (FEW_KEYS, LONG) if fits else (1 << 62, 0)
+    return Limits(decode_keys, prompt_keys, FEW_SCORES, SCORE_BYTES, MIN_QUERIES, MAX_QUERIES)
+
+
+def fits_prompt(q: Tensor, keys: Tensor, limits: Limits) -> bool:
     """Whether `prompt_attention` is the faster way for `q` `[rows, queries, heads, head_dim]` over `keys` `[rows,
     kv_heads, keys, head_dim]`."""
-    if q.dtype != torch.bfloat16 or not can_pack(q.device, q.dtype):
-        return False
-    rows, queries, heads, _ = q.shape
-    num_keys = keys.shape[2]
-    return num_keys <= LONG and rows * heads * queries * num_keys >= FEW_SCORES
+    rows, queries, heads, num_keys = q.shape[0], q.shape[1], q.shape[2], keys.shape[2]
+    enough: bool = rows * heads * queries * num_keys >= limits.prompt_scores
+    return enough and num_keys <= limits.prompt_keys and q.dtype == torch.bfloat16
 
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -62,7 +80,9 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     return torch.bmm(scores.softmax(-1).to(q.dtype), values).view(rows, kv_heads, group, dim)
 
 
-def prompt_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, lead: int, causal: bool) -> Tensor:
+def prompt_attention(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, lead: int, causal: bool, limits: Limits
+) -> Tensor:
     """Many queries per row: `q` `[rows, queries, heads, head_dim]` over `keys` and `values` `[rows, kv_heads, keys,
     head_dim]`, to `q`'s shape, with scores from float32 products.
 
@@ -70,19 +90,23 @@ def prompt_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, lead
     a key from `lead + i + 1` on; with `causal`, that of a single row sees all before it.
     """
     rows, queries, heads, dim = q.shape
-    kv_heads, num_keys = keys.shape[1:3]
+    kv_heads, num_keys = keys.shape[1], keys.shape[2]
     wide = (q.float() * dim**-0.5).view(rows, queries, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
     columns = keys.float().flatten(0, 1).transpose(1, 2)
     values = values.flatten(0, 1)
-    out = torch.empty_like(q).view(rows, queries, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
-    size = max(MIN_QUERIES, min(MAX_QUERIES, SCORE_BYTES // (4 * rows * heads * num_keys)))
+    out = torch.empty([rows, queries, heads, dim], dtype=q.dtype, device=q.device)
+    grouped = out.view(rows, queries, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
+    most = limits.score_bytes // (4 * rows * heads * num_keys)
+    size = max(limits.min_queries, min(limits.max_queries, most))
     for begin in range(0, queries, size):
         end = min(begin + size, queries)
         seen = min(lead + end, num_keys)
         hidden = seen - (end - begin) if causal and rows == 1 else 0  # keys before these are seen by all
-        part = wide[..., begin:end, :]
-        scores = torch.bmm(part.reshape(rows * kv_heads, -1, dim), columns[..., :seen])
+        part = wide[:, :, :, begin:end].reshape(rows * kv_heads, -1, dim)
+        scores = torch.bmm(part, columns[:, :, :seen])
         added = mask[..., begin:end, hidden:seen].float()
-        scores.view(*part.shape[:-1], seen)[..., hidden:].add_(added if rows == 1 else added[:, None])
-        out[..., begin:end, :] = torch.bmm(scores.softmax(-1).to(q.dtype), values[:, :seen]).view(part.shape)
-    return out.permute(0, 3, 1, 2, 4).reshape(q.shape)
+        by_head = scores.view(rows, kv_heads, -1, end - begin, seen)
+        by_head[..., hidden:].add_(added if rows == 1 else added[:, None])
+        mixed = torch.bmm(scores.softmax(-1).to(q.dtype), values[:, :seen])
+        grouped[:, :, :, begin:end].copy_(mixed.view(rows, kv_heads, -1, end - begin, dim))
+    return out

@@ -127,9 +127,9 @@ def _advance(last: AttentionMetadata, number: int) -> AttentionMetadata:
 
 def _advanced(batch: PaddedBatch, positions: Tensor) -> PaddedBatch:
     if batch.mask is None:
-        return replace(batch, keys=slice(batch.keys.start, batch.keys.stop + 1), lead=batch.lead + 1)
+        return batch._replace(stop_key=batch.stop_key + 1, lead=batch.lead + 1)
     batch.mask[torch.arange(batch.rows), 0, 0, positions] = 0.0  # nobody looks at the step before any more
-    return replace(batch, lead=batch.lead + 1)
+    return batch._replace(lead=batch.lead + 1)
 
 
 def _positions(rows: Sequence[_Row]) -> Ints:
@@ -200,20 +200,21 @@ def _pad(tiles: Sequence[_Tile], window: int, pool: Tensor, workspace: Workspace
     blocks = max(tile.blocks for tile in tiles)
     spread, collect = _padding(tiles, queries)
     if len(tiles) == 1:
-        keys = _visible_keys(tiles[0], window, pool.shape[4])
+        first_key, stop_key = _visible_keys(tiles[0], window, pool.shape[4])
         mask = None
         if queries > 1:
-            mask = workspace.tile_mask(queries, keys.stop - keys.start, window, TILE_QUERIES)
+            mask = workspace.tile_mask(queries, stop_key - first_key, window, TILE_QUERIES)
     else:
-        keys = slice(0, blocks * pool.shape[4])
-        mask = _mask(tiles, queries, keys.stop, window, pool)
-    lead = max(tile.first - tile.first_block * pool.shape[4] for tile in tiles) - keys.start
+        first_key, stop_key = 0, blocks * pool.shape[4]
+        mask = _mask(tiles, queries, stop_key, window, pool)
+    lead = max(tile.first - tile.first_block * pool.shape[4] for tile in tiles) - first_key
     return PaddedBatch(
         start=start,
         stop=stop,
         rows=len(tiles),
         queries=queries,
-        keys=keys,
+        first_key=first_key,
+        stop_key=stop_key,
         lead=lead,
         causal=window == 0,
         pages=torch.from_numpy(_pages(tiles, blocks, pool)).to(pool.device),
@@ -223,11 +224,11 @@ def _pad(tiles: Sequence[_Tile], window: int, pool: Tensor, workspace: Workspace
     )
 
 
-def _visible_keys(tile: _Tile, window: int, block_tokens: int) -> slice:
+def _visible_keys(tile: _Tile, window: int, block_tokens: int) -> tuple[int, int]:
     """From the first key that the first query sees to the last query's own, counted from the tile's first page."""
     base = tile.first_block * block_tokens
     lowest = max(0, tile.first - window + 1) if window else 0
-    return slice(lowest - base, tile.last + 1 - base)
+    return lowest - base, tile.last + 1 - base
 
 
 def _pages(tiles: Sequence[_Tile], blocks: int, pool: Tensor) -> Ints:

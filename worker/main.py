@@ -46,8 +46,8 @@ CPU_STEP_TOKENS = 512
 neighbour should wait when one process serves both."""
 CUDA_STEP_TOKENS = 8192
 WARM_UP_TOKENS = 256
-WARM_UP_DECODED = 4
-"""The first token comes with the prompt; TorchScript watches the first step after it and optimises in the second."""
+WARM_UP_DECODED = 3
+"""TorchScript watches the first step and optimises in the second, which together take a second on a slow core."""
 MIN_STEP_BOUND_S = 5.0
 """A step that is merely slow (a page fault storm, a noisy neighbour) must not count as hung."""
 STEP_BOUND_FACTOR = 20
@@ -192,19 +192,17 @@ def set_threads(threads: int) -> None:
 
 
 def warm_up(engine: Engine, budget: int) -> float:
-    """Computes one prompt and some tokens, so that the first client pays for no lazy set-up; returns a step's bound."""
-    tokens = min(WARM_UP_TOKENS, budget, engine.capacity_tokens - WARM_UP_DECODED)
-    request = EngineRequest(
-        "warm-up",
-        [1] * max(1, tokens),
-        max(1, tokens),
-        SamplingParams(max_tokens=WARM_UP_DECODED, temperature=0.0),
-        secrets.token_bytes(16),
-    )
-    engine.add(request)
+    """Computes some tokens and one prompt, so that the first client pays for no lazy set-up; returns a step's bound."""
+    _compute(engine, 1, WARM_UP_DECODED)
+    tokens = min(WARM_UP_TOKENS, budget, engine.capacity_tokens - 1)
     began = time.monotonic()
-    engine.step()
+    _compute(engine, max(1, tokens), 1)
     per_token = (time.monotonic() - began) / max(1, tokens)
+    return max(MIN_STEP_BOUND_S, STEP_BOUND_FACTOR * per_token * budget)
+
+
+def _compute(engine: Engine, num_tokens: int, new: int) -> None:
+    params = SamplingParams(max_tokens=min(new, engine.capacity_tokens - num_tokens), temperature=0.0)
+    engine.add(EngineRequest("warm-up", [1] * num_tokens, num_tokens, params, secrets.token_bytes(16)))
     while engine.has_work:
         engine.step()
-    return max(MIN_STEP_BOUND_S, STEP_BOUND_FACTOR * per_token * budget)

@@ -1,8 +1,9 @@
-"""Decoding steps on a CPU: the layers compiled by TorchScript, over keys and values that stay gathered.
+"""Steps on a CPU: the layers compiled by TorchScript, and when they decode, over keys and values that stay gathered.
 
-A decoder layer is some forty operators, of which a step of a few rows waits more for Python than for most of them; what
-is compiled calls them from C++, without the interpreter and its lock. The functions are those that `layers.py` calls,
-and so are the results, bit for bit. Prompts, for which this does not matter, and other devices go by `layers.py`.
+A decoder layer is some forty operators, and another ten for every 64 queries of a prompt. A step of a few rows waits
+more for Python than for most of them, one with a prompt for a twentieth of its time; what is compiled calls them from
+C++, without the interpreter and its lock, which the I/O thread has meanwhile. The functions are those that `layers.py`
+calls, and so are the results, bit for bit. Other devices go by `layers.py`.
 """
 
 from __future__ import annotations
@@ -16,24 +17,12 @@ from torch import Tensor
 
 from engine.model.dense import DenseKeys, take_turns
 from engine.model.layers import DecoderLayer, RmsNorm
-from kernels.attention import AttentionMetadata, attend_one_query, gather, keys_values, rotate, rows_from
+from kernels.attention import AttentionMetadata, PaddedBatch, attend, gather, rotate, rows_from
 from kernels.linear import PackedGatedLinear, PackedLinear
 from kernels.norm import rms_norm_with
+from kernels.products import Limits
 
 # In the functional form, because TorchScript does not resolve annotations that are strings in a class.
-Batch = NamedTuple(  # noqa: UP014
-    "Batch",
-    [
-        ("start", int),
-        ("stop", int),
-        ("pages", Tensor),
-        ("first", int),
-        ("last", int),
-        ("mask", Optional[Tensor]),  # noqa: UP045
-        ("offset", int),
-    ],
-)
-"""One `PaddedBatch`, gathered from `offset` of its layer's memory on; it uses the keys `[first, last)`."""
 Inputs = NamedTuple(  # noqa: UP014
     "Inputs",
     [
@@ -44,6 +33,8 @@ Inputs = NamedTuple(  # noqa: UP014
         ("sin", Tensor),
         ("slots", Tensor),
         ("space", Tensor),
+        ("limits", Limits),
+        ("offsets", list[int]),
         ("stride", int),
         ("space_slots", Optional[Tensor]),  # noqa: UP045
     ],
@@ -68,14 +59,13 @@ class _Norm(torch.nn.Module):
 class _Layer(torch.nn.Module):
     """One `DecoderLayer`."""
 
-    def __init__(self, layer: DecoderLayer, windows: Sequence[int], few_keys: int) -> None:
+    def __init__(self, layer: DecoderLayer, windows: Sequence[int]) -> None:
         super().__init__()
         attention, feed_forward = layer.attention, layer.feed_forward
         config = attention.config
         self.layer = attention.layer
         self.window = windows.index(config.windows[attention.layer])
         """Which of the step's lists of batches is this layer's."""
-        self.few_keys = few_keys
         self.head_dim = config.head_dim
         self.rotated = config.num_heads + config.num_kv_heads
         self.attention_norm = _Norm(layer.attention_norm)
@@ -86,7 +76,7 @@ class _Layer(torch.nn.Module):
         self.gate_up = feed_forward.gate_up
         self.down = feed_forward.down
 
-    def forward(self, x: Tensor, step: Inputs, batches: list[list[Batch]]) -> Tensor:
+    def forward(self, x: Tensor, step: Inputs, batches: list[list[PaddedBatch]]) -> Tensor:
         qkv = self.qkv(self.attention_norm(x)).view(x.shape[0], -1, self.head_dim)
         if self.qk_norm is not None:
             queries_keys = qkv[:, : self.rotated]
@@ -98,12 +88,11 @@ class _Layer(torch.nn.Module):
         if space_slots is not None:
             own[: step.stride].view(-1, self.head_dim).index_copy_(0, space_slots, rows)
         mixed: list[Tensor] = []
-        for b in batches[self.window]:
-            gathered = own[b.offset :]
+        for i, batch in enumerate(batches[self.window]):
+            gathered = own[step.offsets[i] :]
             if space_slots is None:
-                gather(step.pages[self.layer], b.pages, gathered)
-            keys, past = keys_values(gathered, b.pages, b.stop - b.start, step.pool, b.first, b.last)
-            mixed.append(attend_one_query(q[b.start : b.stop], keys, past, b.mask, self.few_keys))
+                gather(step.pages[self.layer], batch.pages, gathered)
+            mixed.append(attend(q[batch.start : batch.stop], gathered, step.pool, batch, step.limits))
         whole = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         x = self.output(whole.view(x.shape[0], -1), x)
         y: Tensor = self.down(self.gate_up(self.feed_forward_norm(x)), x)
@@ -116,7 +105,7 @@ class _Layers(torch.nn.Module):
         self.layers = torch.nn.ModuleList(layers)
         self.norm = _Norm(norm)
 
-    def forward(self, x: Tensor, step: Inputs, batches: list[list[Batch]]) -> Tensor:
+    def forward(self, x: Tensor, step: Inputs, batches: list[list[PaddedBatch]]) -> Tensor:
         for layer in self.layers:
             x = layer(x, step, batches)
         y: Tensor = self.norm(x)
@@ -124,35 +113,39 @@ class _Layers(torch.nn.Module):
 
 
 class ScriptedLayers:
-    """All decoder layers and the norm after them, for steps with one token per row."""
+    """All decoder layers and the norm after them."""
 
-    def __init__(self, layers: Sequence[DecoderLayer], norm: RmsNorm, few_keys: int) -> None:
+    def __init__(self, layers: Sequence[DecoderLayer], norm: RmsNorm, limits: Limits) -> None:
+        self._limits = limits
         self._windows = sorted(set(layers[0].attention.config.windows))
         self._pool = torch.empty(0)
         self._heads: list[Tensor] = []
         self._pages: list[Tensor] = []
         self.dense = DenseKeys(len(layers)) if self._windows == [0] else None
-        modules = _Layers([_Layer(layer, self._windows, few_keys) for layer in layers], norm)
+        modules = _Layers([_Layer(layer, self._windows) for layer in layers], norm)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # what is to follow it needs a C++ compiler on the host
             self._compiled: Any = torch.jit.script(modules.eval())
 
-    def takes(self, metadata: AttentionMetadata) -> bool:
-        return all(batch.queries == 1 for batch in metadata.batches[self._windows[0]])
-
     def __call__(self, x: Tensor, pool: Tensor, cos: Tensor, sin: Tensor, metadata: AttentionMetadata) -> Tensor:
         """Hidden states `[rows, hidden]` before the layers to those after the norm; see `engine.model.layers`."""
-        place = take_turns(metadata, pool) if self.dense is None else self.dense.place(metadata, pool)
-        batches = [
-            [
-                Batch(b.start, b.stop, b.pages, b.keys.start, b.keys.stop, b.mask, offset)
-                for b, offset in zip(metadata.batches[window], place.offsets, strict=False)
-            ]
-            for window in self._windows
-        ]
+        batches = [list(metadata.batches[window]) for window in self._windows]
+        decodes = all(batch.queries == 1 for batch in batches[0])
+        place = self.dense.place(metadata, pool) if decodes and self.dense is not None else take_turns(metadata, pool)
         self._look_at(pool)
-        slots, heads, pages = metadata.slots, self._heads, self._pages
-        step = Inputs(pool, heads, pages, cos, sin, slots, place.space, place.stride, place.slots)
+        step = Inputs(
+            pool=pool,
+            heads=self._heads,
+            pages=self._pages,
+            cos=cos,
+            sin=sin,
+            slots=metadata.slots,
+            limits=self._limits,
+            space=place.space,
+            offsets=place.offsets,
+            stride=place.stride,
+            space_slots=place.slots,
+        )
         y: Tensor = self._compiled(x, step, batches)
         return y
 
@@ -164,7 +157,7 @@ class ScriptedLayers:
             self._pages = [rows_from(pool, layer, pool.shape[4] * dim) for layer in layers]
 
 
-def script(layers: Sequence[DecoderLayer], norm: RmsNorm, few_keys: int) -> ScriptedLayers | None:
+def script(layers: Sequence[DecoderLayer], norm: RmsNorm, limits: Limits) -> ScriptedLayers | None:
     """None where the layers' products are not those of oneDNN."""
     for layer in layers:
         linears = (layer.attention.qkv, layer.attention.output, layer.feed_forward.down)
@@ -172,4 +165,4 @@ def script(layers: Sequence[DecoderLayer], norm: RmsNorm, few_keys: int) -> Scri
             return None
         if not isinstance(layer.feed_forward.gate_up, PackedGatedLinear):
             return None
-    return ScriptedLayers(layers, norm, few_keys)
+    return ScriptedLayers(layers, norm, limits)

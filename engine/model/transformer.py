@@ -19,7 +19,7 @@ from kernels.attention import AttentionMetadata
 from kernels.dispatch import operators
 from kernels.linear import Linear, PackedGatedLinear, PackedLinear
 from kernels.operators import Metadata, Operators
-from kernels.products import few_keys
+from kernels.products import limits
 
 
 class Decoder:
@@ -44,7 +44,7 @@ class Decoder:
         self.norm = build.norm("model.norm.weight")
         self.head = build.head(self.embedding)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, device)
-        self.scripted = script(self.layers, self.norm, few_keys(device, dtype))
+        self.scripted = script(self.layers, self.norm, limits(device, dtype))
         self.float32_rows = few_rows.MAX_ROWS if all(map(_takes_float32, self.layers)) else 0
         """Steps of up to so many tokens are float32 between products, which are so too: rounding is what would cost."""
 
@@ -54,7 +54,7 @@ class Decoder:
         if len(tokens) <= self.float32_rows:
             x = x.float()
         cos, sin = self.rotary(metadata.positions, x.dtype)
-        if self.scripted is not None and isinstance(metadata, AttentionMetadata) and self.scripted.takes(metadata):
+        if self.scripted is not None and isinstance(metadata, AttentionMetadata):
             return self.scripted(x, pool, cos, sin, metadata)
         step = Step(pool, metadata, cos, sin)
         for layer in self.layers:

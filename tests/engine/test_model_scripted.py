@@ -212,10 +212,26 @@ def test_what_would_take_too_much_memory_is_gathered_in_every_step(case: Case, m
         spoil(case)
 
 
-def test_only_steps_of_one_token_per_row_are_compiled(case: Case) -> None:
-    assert case.model.scripted is not None
-    assert case.model.scripted.takes(case.metadata([1, 1, 1]))
-    assert not case.model.scripted.takes(case.metadata([1, 2, 1]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "overrides"), [("llama3", {}), ("qwen3", WINDOWS)], ids=["plain", "normed and windowed"]
+)
+def test_steps_with_prompts_are_compiled_too(
+    tmp_path: Path, family: str, overrides: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, several padded to one another, chunks behind a prefix, and beside rows that decode."""
+    if not can_pack(CPU, dtype):
+        pytest.skip("oneDNN does not multiply this dtype here")
+    build(family, tmp_path, **overrides)
+    monkeypatch.setattr(products, "FEW_SCORES", 100)
+    monkeypatch.setattr(ragged, "LARGE_TILE", 512)
+    monkeypatch.setattr(ragged, "TILE_QUERIES", 32)
+    for lengths, queries in (((75,), [75]), ((9, 30), [7, 6]), ((31, 75), [9, 40]), (LENGTHS, [1, 1, 9, 1, 4, 50])):
+        case = Case(tmp_path, dtype, lengths)
+        for _ in range(3):
+            case.step(queries)
+        case.grow()
+        case.step()
 
 
 def test_weights_that_onednn_does_not_multiply_are_left_to_python(tmp_path: Path) -> None:
