@@ -11,6 +11,7 @@ step that made it as that worker reports it, is what of the transfer is exposed.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import secrets
 import statistics
@@ -29,6 +30,7 @@ import zmq
 from benchmarks.measure import machine, table
 from benchmarks.servers import VOCAB, make_model
 from mesh import wire
+from mesh.launcher import WORKER_LOAD_TIME_DEFAULTS
 from mesh.messages import Decode, Peer, Prefill, ProxyBeat, Register, TokenBatch, TokenDelta, Welcome, WorkerInfo
 from mesh.params import SamplingParams
 
@@ -143,7 +145,8 @@ def worker(role: str, model: Path, folder: str, options: argparse.Namespace) -> 
         str(options.blocks),
     ]
     flags += ["--max-num-batched-tokens", str(options.chunk), "--metrics-bind", "", "--log-level", "warning"]
-    child = subprocess.Popen([sys.executable, "-m", role, *flags, str(model)])
+    environment = {**WORKER_LOAD_TIME_DEFAULTS, **os.environ}
+    child = subprocess.Popen([sys.executable, "-m", role, *flags, str(model)], env=environment)
     try:
         yield
     finally:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 MADV_POPULATE_WRITE = 23
 """Of Linux 5.14: takes the pages without changing what they hold."""
-AHEAD_BYTES = 256 << 20
-"""Little beside a model, and long enough that most is taken while nobody computes."""
+AHEAD_BYTES = 128 << 20
+"""Taken while a worker warms up, before it is ready."""
 PIECE_BYTES = 2 << 20
 """One huge page per call: while it lasts, the process cannot map other memory."""
 
