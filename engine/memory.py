@@ -14,7 +14,7 @@ MIN_BLOCKS = 2
 """One to read and one to write: with less, not even two short requests could follow each other's blocks."""
 CPU_POOL_BYTES = 4 << 30
 """Largest pool that is sized by itself on a CPU: several workers usually share the host, each sees the same free
-memory, and pages are only taken from the system when first written. `--kv-blocks` goes beyond."""
+memory, and pages are only taken from the system as they come into use. `--kv-blocks` goes beyond."""
 CPU_POOL_BLOCKS = 1 << 16
 """Likewise for tiny models, whose blocks are small but cost bookkeeping each: a million tokens at 16 per block."""
 ROOMY = 3

@@ -1,8 +1,8 @@
 """Memory of a CPU's pool, taken from the system before it is written.
 
-`kernels.blocks.allocate_pool` costs nothing until its pages are written; then the system clears each huge page within
-the step that writes it first, for a tenth of a millisecond, in a virtual machine for several: 3 % of a prompt. Blocks
-are first used in ascending order, so a thread can take what comes next.
+`kernels.blocks.allocate_pool` costs nothing until its pages are written. Then the system clears each huge page within
+the step that writes it first, which takes a tenth of a millisecond, in a virtual machine several: 3 % of a prompt.
+Blocks are first used in ascending order, so a thread can take what comes next.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger("kvmesh.kernels")
 
 
 class PagesAhead:
-    """Keeps `AHEAD_BYTES` behind the highest block that was written in memory. Used by one thread."""
+    """Keeps half of `AHEAD_BYTES` or more, behind the highest block that was written, in memory. Used by one thread."""
 
     def __init__(self, pool: Tensor) -> None:
         """`pool` is whole pages of the system, on a CPU."""

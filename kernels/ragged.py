@@ -128,7 +128,9 @@ def _advance(last: AttentionMetadata, number: int) -> AttentionMetadata:
 def _advanced(batch: PaddedBatch, positions: Tensor) -> PaddedBatch:
     if batch.mask is None:
         return batch._replace(stop_key=batch.stop_key + 1, lead=batch.lead + 1)
-    batch.mask[torch.arange(batch.rows), 0, 0, positions] = 0.0  # nobody looks at the step before any more
+    batch.mask[torch.arange(batch.rows, device=positions.device), 0, 0, positions] = (
+        0.0  # nobody looks at the step before any more
+    )
     return batch._replace(lead=batch.lead + 1)
 
 

@@ -114,6 +114,13 @@ def test_several_batches_and_whole_products_are_compiled_too(tmp_path: Path, mon
         case.grow()
 
 
+@needs_bfloat16
+def test_steps_of_one_or_two_rows_are_float32_between_products(tmp_path: Path) -> None:
+    build("llama3", tmp_path)
+    for rows, dtype in ((1, torch.float32), (2, torch.float32), (3, torch.bfloat16)):
+        assert Case(tmp_path, torch.bfloat16, LENGTHS[:rows]).step().dtype == dtype
+
+
 @pytest.fixture
 def case(tmp_path: Path) -> Case:
     build("llama3", tmp_path)

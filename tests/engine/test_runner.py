@@ -17,6 +17,7 @@ from engine.model.digest import model_digest
 from engine.request import EngineRequest
 from engine.runner import ModelRunner
 from engine.step import Row, Runner
+from kernels.pages_ahead import PagesAhead
 from mesh.errors import EXIT_ENVIRONMENT, EXIT_MEMORY, EXIT_MODEL, EXIT_USAGE, StartupError
 from mesh.layout import KvLayout
 from mesh.params import SamplingParams
@@ -212,3 +213,15 @@ def test_startup_refusals(directory: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_missing_gpu_is_said(directory: Path) -> None:
     refused(directory, EXIT_ENVIRONMENT, "0 CUDA devices are usable")(device="cuda")
+
+
+def test_the_pools_memory_is_asked_for_before_a_page_is_written(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(PagesAhead, "reach", lambda _, block: asked.append(block))
+    runner = load(directory)
+    step(runner, (make_request(1, 5, 9), 5))
+    assert asked[-1] == make_request(1, 5, 9).block_table[-1]
+    runner.write_block(11, runner.read_block(9, 5))
+    assert asked[-1] == 11
